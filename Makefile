@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+# Every target sets up what it needs first; `make help` lists them.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint clean
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
+	@echo
+	@echo 'Variables: PYTHON (>= 3.11), ARGS (for demo: options of `lynx demo`; for test: of pytest)'
+
+setup: ## make .venv with vLLM for this machine, and the small model
+	@$(PYTHON) scripts/setup.py
+
+demo: setup ## two vLLM servers and a router: one prompt, speculative and blocking
+	@$(BIN)/lynx demo $(ARGS)
+
+test: setup ## all tests that this machine can run
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: setup ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean: ## remove what builds, tests and the demo left (.venv and the model stay)
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-out
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

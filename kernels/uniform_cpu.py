@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plain symmetric integer codec, numba: bit-equal twin of `uniform.py`, one layer a call."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import numba
+import numpy as np
+from numba import types
+from numpy import uint8, uint32, uint64
+from numpy.typing import NDArray
+
+from lynx_kernels import uniform
+from lynx_kernels.paged import PagedKVCache
+from lynx_kernels.tile_cpu import (
+    INDEX,
+    KIND,
+    LANES,
+    READ_ROWS,
+    RUN,
+    SLOTS,
+    WRITE_ROWS,
+    as_bits,
+    as_float,
+    compile_kernel,
+    load_tile,
+    locate,
+    storage_type,
+    store_tile,
+)
+
+_TINY = uint32(uniform.TINY_BITS)
+_INFINITY = uint32(uniform.INFINITY_BITS)
+_NAN_SCALE = uint32(uniform.NAN_SCALE)
+_MAGNITUDE = uint32(0x7FFFFFFF)
+_RECIPROCAL = {qmax: np.float32(uniform._reciprocal(qmax)) for qmax in uniform.QMAX.values()}
+_ROUNDER = np.float32(3 << 22)  # x + 1.5 * 2^23 rounds x half to even into the low mantissa bits
+
+
+def encode_layer(
+    cache: PagedKVCache, layer: int, slots: NDArray[np.int64], rows: NDArray[np.uint8], bits: int
+) -> None:
+    """Encode one layer's K and V at `slots` into its columns of the rows.
+
+    slots: int64 [T], checked; rows: uint8 [T, L*2*H*(D*bits/8 + 2)] C-contiguous, codes
+    [L, 2, H, D*bits/8] and then scales [L, 2, H, 2].
+    """
+    qmax = uniform.QMAX[bits]
+    _encoder(KIND[cache.dtype])(
+        *_page_arguments(cache, layer, slots), layer, cache.num_layers, rows, bits, qmax,
+        _RECIPROCAL[qmax],
+    )  # fmt: skip
+
+
+def decode_layer(
+    cache: PagedKVCache, layer: int, slots: NDArray[np.int64], rows: NDArray[np.uint8], bits: int
+) -> None:
+    """Write one layer's K and V at `slots` from the rows."""
+    _decoder(KIND[cache.dtype])(
+        *_page_arguments(cache, layer, slots), layer, cache.num_layers, rows, bits
+    )
+
+
+def _page_arguments(cache: PagedKVCache, layer: int, slots: NDArray[np.int64]) -> tuple:
+    return (
+        cache.bits(layer),
+        KIND[cache.dtype],
+        cache.block_size,
+        cache.stride_block,
+        cache.stride_head,
+        cache.num_kv_heads,
+        cache.index.k_index,
+        cache.index.v_index,
+        slots,
+    )
+
+
+_INTEGER = types.int64
+_PAGE_TYPES = (_INTEGER, _INTEGER, _INTEGER, _INTEGER, _INTEGER, INDEX, INDEX, SLOTS)
+
+
+@functools.cache
+def _encoder(kind: int) -> Callable[..., None]:
+    return compile_kernel(
+        _encode, storage_type(kind), *_PAGE_TYPES,
+        *(_INTEGER, _INTEGER, WRITE_ROWS, _INTEGER, _INTEGER, types.float32),
+    )  # fmt: skip
+
+
+@functools.cache
+def _decoder(kind: int) -> Callable[..., None]:
+    return compile_kernel(
+        _decode, storage_type(kind), *_PAGE_TYPES, _INTEGER, _INTEGER, READ_ROWS, _INTEGER
+    )
+
+
+def _encode(
+    flat,
+    kind,
+    block_size,
+    stride_block,
+    stride_head,
+    num_heads,
+    k_index,
+    v_index,
+    slots,
+    layer,
+    num_layers,
+    rows,
+    code_bits,
+    qmax,
+    reciprocal,
+):
+    head_dim = k_index.shape[1]
+    width = head_dim * code_bits // 8
+    tile = np.empty(head_dim * LANES, np.float32)
+    bits = tile.view(uint32)
+    codes = np.empty(head_dim * LANES, uint8)
+    page = np.empty(LANES, np.int64)
+    offset = np.empty(LANES, np.int64)
+    inverse = np.empty(LANES, np.float32)
+    scales = np.empty(LANES, uint32)
+    scale_column = num_layers * 2 * num_heads * width
+    for run in range(0, slots.size, RUN):
+        for vector in range(2 * num_heads):
+            index = k_index if vector < num_heads else v_index
+            head_offset = (vector % num_heads) * stride_head
+            column = layer * 2 * num_heads + vector
+            for first in range(run, min(run + RUN, slots.size), LANES):
+                lanes = min(LANES, slots.size - first)
+                locate(slots, first, lanes, block_size, stride_block, head_offset, page, offset)
+                load_tile(flat, kind, index, page, offset, lanes, bits)
+                _scales(bits, reciprocal, inverse, scales)
+                _quantise(tile, inverse, np.float32(qmax), codes)
+                if code_bits == 4:
+                    _pack(codes)
+                start = column * width
+                for w in range(lanes):
+                    for j in range(width):
+                        rows[first + w, uint64(start + j)] = codes[uint64(j * LANES + w)]
+                    scale = scales[w]
+                    place = scale_column + 2 * column
+                    rows[first + w, uint64(place)] = uint8(scale & uint32(0xFF))
+                    rows[first + w, uint64(place + 1)] = uint8(scale >> uint32(8))
+
+
+def _decode(
+    flat,
+    kind,
+    block_size,
+    stride_block,
+    stride_head,
+    num_heads,
+    k_index,
+    v_index,
+    slots,
+    layer,
+    num_layers,
+    rows,
+    code_bits,
+):
+    head_dim = k_index.shape[1]
+    width = head_dim * code_bits // 8
+    tile = np.zeros(head_dim * LANES, np.float32)
+    bits = tile.view(uint32)
+    page = np.empty(LANES, np.int64)
+    offset = np.empty(LANES, np.int64)
+    scales = np.zeros(LANES, np.float32)
+    scale_column = num_layers * 2 * num_heads * width
+    for run in range(0, slots.size, RUN):
+        for vector in range(2 * num_heads):
+            index = k_index if vector < num_heads else v_index
+            head_offset = (vector % num_heads) * stride_head
+            column = layer * 2 * num_heads + vector
+            for first in range(run, min(run + RUN, slots.size), LANES):
+                lanes = min(LANES, slots.size - first)
+                locate(slots, first, lanes, block_size, stride_block, head_offset, page, offset)
+                start = column * width
+                for w in range(lanes):
+                    place = scale_column + 2 * column
+                    low = uint32(rows[first + w, uint64(place)])
+                    high = uint32(rows[first + w, uint64(place + 1)])
+                    scales[w] = as_float(((high << uint32(8)) | low) << uint32(16))
+                    if code_bits == 8:
+                        for j in range(width):
+                            code = np.int8(rows[first + w, uint64(start + j)])
+                            tile[uint64(j * LANES + w)] = np.float32(code)
+                    else:
+                        for j in range(width):
+                            byte = rows[first + w, uint64(start + j)]
+                            even = np.int32(byte & uint8(0x0F)) - 8
+                            odd = np.int32(byte >> uint8(4)) - 8
+                            tile[uint64(2 * j * LANES + w)] = np.float32(even)
+                            tile[uint64((2 * j + 1) * LANES + w)] = np.float32(odd)
+                for d in range(head_dim):
+                    for w in range(LANES):
+                        tile[uint64(d * LANES + w)] *= scales[w]
+                store_tile(flat, kind, index, page, offset, lanes, bits)
+
+
+@numba.njit(error_model="numpy")
+def _scales(bits, reciprocal, inverse, scales):
+    """bfloat16 scale (bits) and its float32 inverse for every lane."""
+    maximum = np.zeros(LANES, uint32)
+    for d in range(bits.size // LANES):
+        for w in range(LANES):
+            magnitude = uint32(bits[uint64(d * LANES + w)] & _MAGNITUDE)
+            maximum[w] = max(maximum[w], magnitude)
+    for w in range(LANES):
+        step = as_bits(as_float(maximum[w]) * reciprocal)
+        scale = uint32(uint32(step + uint32(0xFFFF)) >> uint32(16))
+        inverse[w] = np.float32(1) / as_float(scale << uint32(16))
+        if maximum[w] < _TINY:
+            scale = uint32(0)
+            inverse[w] = np.float32(0)
+        if maximum[w] >= _INFINITY:
+            scale = _NAN_SCALE
+            inverse[w] = np.float32(0)
+        scales[w] = scale
+
+
+@numba.njit
+def _quantise(tile, inverse, qmax, codes):
+    for d in range(tile.size // LANES):
+        for w in range(LANES):
+            i = uint64(d * LANES + w)
+            q = tile[i] * inverse[w]
+            # Written so that NaN becomes -qmax.
+            q = q if q > -qmax else -qmax
+            q = q if q < qmax else qmax
+            codes[i] = uint8(as_bits(q + _ROUNDER) & uint32(0xFF))
+
+
+@numba.njit
+def _pack(codes):
+    """Two's complement codes of neighbouring elements into nibbles q + 8, in place."""
+    for j in range(codes.size // (2 * LANES)):
+        for w in range(LANES):
+            even = (codes[uint64(2 * j * LANES + w)] + uint8(8)) & uint8(0x0F)
+            odd = (codes[uint64((2 * j + 1) * LANES + w)] + uint8(8)) & uint8(0x0F)
+            codes[uint64(j * LANES + w)] = even | (odd << uint8(4))

@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a codec is: blocks of the paged cache to tiers of bytes, and back.
+
+Every tier is token-major: row t of a uint8 array [T, bytes_per_token] holds everything of token t,
+all layers, K and V, all heads. So any range of tokens is a slice of rows, a frame is a slice of
+memory, and producer and consumer may use different block sizes and cache layouts.
+"""
+
+from __future__ import annotations
+
+import enum
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lynx_kernels.paged import PagedKVCache, PageIndex
+
+DTYPES: dict[str, torch.dtype] = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+}
+
+# Tokens that the torch path holds as tensors at once, to bound its scratch memory.
+_TORCH_TOKENS = 512
+
+Rows = NDArray[np.uint8]
+
+
+class CodecError(ValueError):
+    """A codec was asked for something that it cannot do; the text names it."""
+
+
+class Tier(enum.IntEnum):
+    """Precision tiers in the order in which they are sent. Numbers are part of the protocol."""
+
+    ANCHOR = 0
+    RESIDUAL = 1
+    EXACT = 2
+
+
+@dataclass(frozen=True)
+class KVGeometry:
+    """One worker's shard of the KV cache, without its block structure.
+
+    dtype: "bfloat16", "float16" or "float32"; head_dim is the same for K and V.
+    """
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: str
+
+    @property
+    def elements_per_token(self) -> int:
+        """Elements of K and V of one token over all layers and heads."""
+        return self.vectors_per_token * self.head_dim
+
+    @property
+    def vectors_per_token(self) -> int:
+        """Head vectors (layer, K or V, head) of one token."""
+        return self.num_layers * 2 * self.num_kv_heads
+
+
+class Codec(ABC):
+    """One way to encode KV vectors, for one geometry. Stateless: safe to share between threads.
+
+    Each vector is encoded on its own, so encoding a range of tokens gives the same rows whether
+    it is done at once or in parts.
+    """
+
+    name: ClassVar[str]
+    tiers: ClassVar[tuple[Tier, ...]]
+
+    def __init__(self, geometry: KVGeometry) -> None:
+        """Raises CodecError, naming what is unsupported."""
+        if geometry.dtype not in DTYPES:
+            raise CodecError(
+                f"codec {self.name}: dtype {geometry.dtype!r} is not one of {', '.join(DTYPES)}"
+            )
+        for field in ("num_layers", "num_kv_heads", "head_dim"):
+            if getattr(geometry, field) < 1:
+                raise CodecError(f"codec {self.name}: {field} {getattr(geometry, field)} < 1")
+        self.geometry = geometry
+        self.dtype = DTYPES[geometry.dtype]
+
+    def bytes_per_token(self, tier: Tier) -> int:
+        """Width of a row of `tier`. Raises CodecError if the codec has no such tier."""
+        if tier not in self.tiers:
+            raise CodecError(f"codec {self.name} has no {tier.name.lower()} tier")
+        return self._row_bytes(tier)
+
+    def bits_per_element(self, tiers: Sequence[Tier] | None = None) -> float:
+        """Bits that `tiers` (default: all) spend on one element, scales included."""
+        total = sum(self.bytes_per_token(tier) for tier in tiers or self.tiers)
+        return 8 * total / self.geometry.elements_per_token
+
+    def encode(
+        self, cache: PagedKVCache, slots: NDArray[np.int64], out: Mapping[Tier, Rows]
+    ) -> None:
+        """Encode the tokens at `slots` into `out`.
+
+        slots: int64 [T]; out: for every tier of the codec a writable C-contiguous uint8 array
+        [T, bytes_per_token]. Raises CodecError or ValueError before anything is written.
+        """
+        slots = self._check(cache, slots)
+        if set(out) != set(self.tiers):
+            raise CodecError(f"codec {self.name}: out must have exactly the tiers {self.tiers}")
+        for tier, rows in out.items():
+            self._check_rows(tier, rows, len(slots))
+            if not rows.flags.writeable:
+                raise CodecError(f"codec {self.name}: rows of {tier.name} are read-only")
+        if cache.device.type == "cpu":
+            self._encode_cpu(cache, slots, out)
+            return
+        for start in range(0, len(slots), _TORCH_TOKENS):
+            part = slice(start, start + _TORCH_TOKENS)
+            values = torch.stack(
+                [cache.gather(layer, slots[part]) for layer in range(cache.num_layers)], dim=1
+            )
+            for tier, rows in self.encode_values(values).items():
+                out[tier][part] = rows.cpu().numpy()
+
+    def decode(self, tiers: Sequence[Rows], cache: PagedKVCache, slots: NDArray[np.int64]) -> None:
+        """Write the reconstruction of K and V into the paged cache at `slots`.
+
+        tiers: rows of the first one or more of the codec's tiers, in order, each C-contiguous
+        uint8 [T, bytes_per_token]; more tiers replace the coarser reconstruction. Slots must not
+        repeat. Raises CodecError or ValueError before anything is written.
+        """
+        slots = self._check(cache, slots)
+        if not 1 <= len(tiers) <= len(self.tiers):
+            raise CodecError(
+                f"codec {self.name}: got {len(tiers)} tiers, has {len(self.tiers)} to decode from"
+            )
+        for tier, rows in zip(self.tiers, tiers, strict=False):
+            self._check_rows(tier, rows, len(slots))
+        if cache.device.type == "cpu":
+            self._decode_cpu(tiers, cache, slots)
+            return
+        for start in range(0, len(slots), _TORCH_TOKENS):
+            part = slice(start, start + _TORCH_TOKENS)
+            values = self.decode_values(
+                [torch.tensor(rows[part], device=cache.device) for rows in tiers]
+            )
+            for layer in range(cache.num_layers):
+                cache.scatter(layer, slots[part], values[:, layer])
+
+    def warmup(self) -> None:
+        """Compile or load the CPU kernels that this geometry needs (seconds when not cached)."""
+        shape = KVGeometry(1, 1, self.geometry.head_dim, self.geometry.dtype)
+        small = type(self)(shape)
+        head_dim = shape.head_dim
+        page = torch.zeros(1, 1, 1, 2 * head_dim, dtype=self.dtype)
+        index = PageIndex.rows(1, head_dim, 2 * head_dim)
+        cache = PagedKVCache({"warmup": page}, 1, 1, head_dim, index)
+        slots = np.zeros(1, dtype=np.int64)
+        out = {t: np.zeros((1, small.bytes_per_token(t)), dtype=np.uint8) for t in self.tiers}
+        small.encode(cache, slots, out)
+        small.decode(list(out.values()), cache, slots)
+
+    @abstractmethod
+    def encode_values(self, values: torch.Tensor) -> dict[Tier, torch.Tensor]:
+        """Torch reference, any device: values [T, L, 2, H, D] -> rows uint8 [T, bytes] per tier."""
+
+    @abstractmethod
+    def decode_values(self, tiers: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Torch reference, any device: rows as in `decode` -> values [T, L, 2, H, D]."""
+
+    @abstractmethod
+    def _row_bytes(self, tier: Tier) -> int: ...
+
+    @abstractmethod
+    def _encode_cpu(
+        self, cache: PagedKVCache, slots: NDArray[np.int64], out: Mapping[Tier, Rows]
+    ) -> None: ...
+
+    @abstractmethod
+    def _decode_cpu(
+        self, tiers: Sequence[Rows], cache: PagedKVCache, slots: NDArray[np.int64]
+    ) -> None: ...
+
+    def _vectors(self, codes: torch.Tensor) -> torch.Tensor:
+        """Columns of rows [T, vectors * width] as [T, L, 2, H, width]."""
+        g = self.geometry
+        return codes.reshape(len(codes), g.num_layers, 2, g.num_kv_heads, -1)
+
+    def _check(self, cache: PagedKVCache, slots: NDArray[np.int64]) -> NDArray[np.int64]:
+        g = self.geometry
+        expected = (g.num_layers, g.num_kv_heads, g.head_dim, self.dtype)
+        actual = (cache.num_layers, cache.num_kv_heads, cache.head_dim, cache.dtype)
+        if actual != expected:
+            raise CodecError(
+                f"codec {self.name}: cache (layers, heads, head_dim, dtype) is {actual}, "
+                f"expected {expected}"
+            )
+        return cache.check_slots(slots)
+
+    def _check_rows(self, tier: Tier, rows: Rows, tokens: int) -> None:
+        expected = (tokens, self.bytes_per_token(tier))
+        if rows.dtype != np.uint8 or rows.shape != expected or not rows.flags.c_contiguous:
+            raise CodecError(
+                f"codec {self.name}: rows of {tier.name} are {rows.dtype} {rows.shape}, "
+                f"must be C-contiguous uint8 {expected}"
+            )

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two tiers from one Hadamard-transformed 8-bit code: the default.
+
+anchor: 4-bit Lloyd-Max cell per element plus one scale byte per vector; row = codes [L, 2, H, D/2],
+then scales [L, 2, H]. residual: 4-bit place inside the cell; row = [L, 2, H, D/2]. For head_dim 64
+that is 4.125 and 4 bits per element. `lynx_kernels.hadamard` defines the code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lynx_connector.codec.base import Codec, CodecError, KVGeometry, Rows, Tier
+from lynx_kernels import hadamard, hadamard_cpu
+from lynx_kernels.paged import PagedKVCache
+
+
+class HadamardCodec(Codec):
+    """head_dim must be a multiple of 8."""
+
+    name: ClassVar[str] = "hadamard"
+    tiers: ClassVar[tuple[Tier, ...]] = (Tier.ANCHOR, Tier.RESIDUAL)
+
+    def __init__(self, geometry: KVGeometry) -> None:
+        super().__init__(geometry)
+        try:
+            hadamard.hadamard_tables(geometry.head_dim)
+        except ValueError as error:
+            raise CodecError(f"codec {self.name}: {error}") from None
+        self._code_bytes = geometry.elements_per_token // 2
+
+    def encode_values(self, values: torch.Tensor) -> dict[Tier, torch.Tensor]:
+        anchor, scale, residual = hadamard.encode(values)
+        return {
+            Tier.ANCHOR: torch.cat((anchor.flatten(1), scale.flatten(1)), dim=1),
+            Tier.RESIDUAL: residual.flatten(1),
+        }
+
+    def decode_values(self, tiers: Sequence[torch.Tensor]) -> torch.Tensor:
+        anchor = self._vectors(tiers[0][:, : self._code_bytes])
+        scale = self._vectors(tiers[0][:, self._code_bytes :]).squeeze(-1)
+        residual = self._vectors(tiers[1]) if len(tiers) == 2 else None
+        return hadamard.decode(anchor, scale, residual, self.dtype)
+
+    def _row_bytes(self, tier: Tier) -> int:
+        scales = self.geometry.vectors_per_token if tier == Tier.ANCHOR else 0
+        return self._code_bytes + scales
+
+    def _encode_cpu(
+        self, cache: PagedKVCache, slots: NDArray[np.int64], out: Mapping[Tier, Rows]
+    ) -> None:
+        for layer in range(cache.num_layers):
+            hadamard_cpu.encode_layer(cache, layer, slots, out[Tier.ANCHOR], out[Tier.RESIDUAL])
+
+    def _decode_cpu(
+        self, tiers: Sequence[Rows], cache: PagedKVCache, slots: NDArray[np.int64]
+    ) -> None:
+        residual = tiers[1] if len(tiers) == 2 else None
+        for layer in range(cache.num_layers):
+            hadamard_cpu.decode_layer(cache, layer, slots, tiers[0], residual)

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The cache's own bits, unchanged: one tier. Also carries the tokens that must travel exactly.
+
+Registered as "bf16" after the usual cache dtype; it sends float16 and float32 caches unchanged
+too. Row = [L, 2, H, D] in the cache's dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lynx_connector.codec.base import Codec, Rows, Tier
+from lynx_kernels import raw, raw_cpu
+from lynx_kernels.paged import PagedKVCache
+
+
+class RawCodec(Codec):
+    """Any geometry; NaN and infinity travel as they are."""
+
+    name: ClassVar[str] = "bf16"
+    tiers: ClassVar[tuple[Tier, ...]] = (Tier.ANCHOR,)
+
+    def encode_values(self, values: torch.Tensor) -> dict[Tier, torch.Tensor]:
+        return {Tier.ANCHOR: raw.encode(values).flatten(1)}
+
+    def decode_values(self, tiers: Sequence[torch.Tensor]) -> torch.Tensor:
+        return raw.decode(self._vectors(tiers[0]), self.dtype)
+
+    def _row_bytes(self, tier: Tier) -> int:
+        return self.geometry.elements_per_token * self.dtype.itemsize
+
+    def _encode_cpu(
+        self, cache: PagedKVCache, slots: NDArray[np.int64], out: Mapping[Tier, Rows]
+    ) -> None:
+        rows = out[Tier.ANCHOR]
+        words = rows.view(cache.bits(0).dtype)
+        target = words if words.flags.aligned else np.empty_like(words)
+        for layer in range(cache.num_layers):
+            raw_cpu.encode_layer(cache, layer, slots, target)
+        if target is not words:
+            words[:] = target
+
+    def _decode_cpu(
+        self, tiers: Sequence[Rows], cache: PagedKVCache, slots: NDArray[np.int64]
+    ) -> None:
+        words = np.require(tiers[0].view(cache.bits(0).dtype), requirements="A")
+        for layer in range(cache.num_layers):
+            raw_cpu.decode_layer(cache, layer, slots, words)

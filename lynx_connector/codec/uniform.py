@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plain symmetric int8 and int4 per token and head: one tier, the baselines of every comparison.
+
+Row = codes [L, 2, H, D * bits / 8], then bfloat16 scales [L, 2, H]: 8.25 and 4.25 bits per element
+for head_dim 64. `lynx_kernels.uniform` defines the code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lynx_connector.codec.base import Codec, CodecError, KVGeometry, Rows, Tier
+from lynx_kernels import uniform, uniform_cpu
+from lynx_kernels.paged import PagedKVCache
+
+
+class UniformCodec(Codec):
+    """Common part of `Int8Codec` and `Int4Codec`; `bits` is the width of one code."""
+
+    tiers: ClassVar[tuple[Tier, ...]] = (Tier.ANCHOR,)
+    bits: ClassVar[int]
+
+    def __init__(self, geometry: KVGeometry) -> None:
+        super().__init__(geometry)
+        if geometry.head_dim * self.bits % 8:
+            raise CodecError(f"codec {self.name}: head_dim {geometry.head_dim} is odd")
+        self._code_bytes = geometry.elements_per_token * self.bits // 8
+
+    def encode_values(self, values: torch.Tensor) -> dict[Tier, torch.Tensor]:
+        codes, scales = uniform.encode(values, self.bits)
+        return {Tier.ANCHOR: torch.cat((codes.flatten(1), scales.flatten(1)), dim=1)}
+
+    def decode_values(self, tiers: Sequence[torch.Tensor]) -> torch.Tensor:
+        codes = self._vectors(tiers[0][:, : self._code_bytes])
+        scales = self._vectors(tiers[0][:, self._code_bytes :])
+        return uniform.decode(codes, scales, self.bits, self.dtype)
+
+    def _row_bytes(self, tier: Tier) -> int:
+        return self._code_bytes + 2 * self.geometry.vectors_per_token
+
+    def _encode_cpu(
+        self, cache: PagedKVCache, slots: NDArray[np.int64], out: Mapping[Tier, Rows]
+    ) -> None:
+        for layer in range(cache.num_layers):
+            uniform_cpu.encode_layer(cache, layer, slots, out[Tier.ANCHOR], self.bits)
+
+    def _decode_cpu(
+        self, tiers: Sequence[Rows], cache: PagedKVCache, slots: NDArray[np.int64]
+    ) -> None:
+        for layer in range(cache.num_layers):
+            uniform_cpu.decode_layer(cache, layer, slots, tiers[0], self.bits)
+
+
+class Int8Codec(UniformCodec):
+    name: ClassVar[str] = "int8"
+    bits: ClassVar[int] = 8
+
+
+class Int4Codec(UniformCodec):
+    name: ClassVar[str] = "int4"
+    bits: ClassVar[int] = 4

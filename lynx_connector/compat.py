@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What differs between vLLM versions, and which configurations Lynx refuses.
+
+The only module beside `connector.py` and `scheduler/` that imports vLLM's unstable classes.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import vllm
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorHandshakeMetadata,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    KVConnectorTransferResults,
+    KVConnectorWorkerMetadata,
+)
+
+from lynx_connector import __version__
+from lynx_connector.config import LynxConfig, StartMode
+from lynx_connector.errors import ConfigError
+from lynx_connector.protocol import PROTOCOL_VERSION
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+__all__ = [
+    "KVConnectorBase_V1",
+    "KVConnectorHandshakeMetadata",
+    "KVConnectorMetadata",
+    "KVConnectorRole",
+    "KVConnectorTransferResults",
+    "KVConnectorWorkerMetadata",
+    "check_supported",
+    "compatibility_hash",
+    "model_identity",
+    "resolve_start",
+]
+
+SUPPORTED_VLLM = "0.32"
+
+
+def check_vllm_version(version: str) -> None:
+    """Refuse a vLLM whose private methods were not tested.
+
+    Raises:
+        ConfigError: naming the version found and the one needed.
+    """
+    if not version.startswith(SUPPORTED_VLLM + "."):
+        raise ConfigError(
+            f"vllm {version}: lynx-connector {__version__} works with vllm {SUPPORTED_VLLM}.x "
+            f"only; install 'vllm=={SUPPORTED_VLLM}.*' or a matching lynx-connector"
+        )
+
+
+def check_supported(vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig | None") -> None:
+    """Refuse combinations that would give wrong tokens.
+
+    Raises:
+        ConfigError: naming the setting, its value and the remedy.
+    """
+    check_vllm_version(vllm.__version__)
+    parallel = vllm_config.parallel_config
+    sizes = {
+        "pipeline_parallel_size": parallel.pipeline_parallel_size,
+        "decode_context_parallel_size": parallel.decode_context_parallel_size,
+        "prefill_context_parallel_size": getattr(parallel, "prefill_context_parallel_size", 1),
+    }
+    for key, value in sizes.items():
+        if value > 1:
+            raise ConfigError(f"{key} = {value}: LynxConnector supports 1; set --{_flag(key)} 1")
+    if getattr(parallel, "enable_dbo", False):
+        raise ConfigError("enable_dbo = True: LynxConnector needs it off; drop --enable-dbo")
+    if vllm_config.speculative_config is not None:
+        raise ConfigError(
+            "speculative_config is set: speculative decoding and LynxConnector cannot be combined; "
+            "drop --speculative-config"
+        )
+    if kv_cache_config is None:
+        return
+    if kv_cache_config.has_mamba_layers:
+        raise ConfigError(
+            "the model has Mamba layers, whose state LynxConnector cannot move; "
+            "use another connector for this model"
+        )
+    groups = len(kv_cache_config.kv_cache_groups)
+    if groups != 1:
+        raise ConfigError(
+            f"the model has {groups} KV cache groups; LynxConnector supports one "
+            "(attention layers of one shape)"
+        )
+
+
+def _flag(key: str) -> str:
+    return key.replace("_", "-")
+
+
+def resolve_start(config: LynxConfig, vllm_config: "VllmConfig") -> bool:
+    """Whether requests of this consumer start on the anchor unless they say otherwise.
+
+    Raises:
+        ConfigError: `start: speculative` without LynxScheduler.
+    """
+    scheduler_cls = vllm_config.scheduler_config.scheduler_cls
+    name = scheduler_cls if isinstance(scheduler_cls, str) else getattr(
+        scheduler_cls, "__qualname__", ""
+    )
+    present = bool(name) and name.rsplit(".", 1)[-1] in ("LynxScheduler", "LynxAsyncScheduler")
+    kv_transfer = vllm_config.kv_transfer_config
+    if config.start is StartMode.SPECULATIVE and not present and kv_transfer.is_kv_consumer:
+        raise ConfigError(
+            "kv_connector_extra_config.start = 'speculative' needs --scheduler-cls "
+            "lynx_connector.scheduler.LynxScheduler (or LynxAsyncScheduler with asynchronous "
+            f"scheduling), found {name or 'none'}; or set start to 'blocking'"
+        )
+    return present and config.start is not StartMode.BLOCKING
+
+
+def compatibility_hash(
+    vllm_config: "VllmConfig", config: LynxConfig, geometry: dict[str, Any]
+) -> str:
+    """What both sides must share for KV to be interchangeable, as 32 hex digits.
+
+    Covers protocol version, model identity, the cache's dtype and the worker's shard. Block sizes
+    may differ, since frames are runs of tokens.
+    """
+    parts = {
+        "protocol": PROTOCOL_VERSION,
+        "model": model_identity(vllm_config, config),
+        "tensor_parallel_size": vllm_config.parallel_config.tensor_parallel_size,
+        "cache": geometry,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def model_identity(vllm_config: "VllmConfig", config: LynxConfig) -> str:
+    """`model_id` if configured; else a fingerprint of a local folder, or hub name and revision."""
+    if config.model_id is not None:
+        return config.model_id
+    model = vllm_config.model_config.model
+    folder = Path(model)
+    if not folder.is_dir():
+        return f"{model}@{vllm_config.model_config.revision or 'main'}"
+    return _folder_fingerprint(folder)
+
+
+def _folder_fingerprint(folder: Path, sample: int = 1 << 16) -> str:
+    """sha256 over config.json and, per weights file, its size and its two ends.
+
+    Two fine-tunes of one architecture differ in their last bytes; reading whole files would cost
+    minutes.
+    """
+    digest = hashlib.sha256()
+    for path in sorted([*folder.glob("config.json"), *folder.glob("*.safetensors")]):
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size};".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(sample))
+            if size > sample:
+                file.seek(-min(sample, size - sample), os.SEEK_END)
+                digest.update(file.read(sample))
+    return digest.hexdigest()[:32]

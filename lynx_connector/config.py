@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LynxConfig: the validated `kv_connector_extra_config` of LynxConnector.
+
+Every key has a type, a range, a default and a unit; an unknown key or a wrong value is refused at
+start-up with a message that names the key, the value and what is accepted.
+"""
+
+import difflib
+import enum
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator
+
+from lynx_connector.errors import ConfigError
+
+EXACT_FIRST_TOKENS = 1
+"""Tokens at the prompt's start sent uncompressed: one sink token is as good as four (measured)."""
+
+CODEC_NAMES = ("hadamard", "bf16", "int8", "int4")
+
+
+class StartMode(enum.StrEnum):
+    """What a decode instance waits for before it decodes."""
+
+    AUTO = "auto"
+    SPECULATIVE = "speculative"
+    BLOCKING = "blocking"
+
+
+class LynxConfig(BaseModel):
+    """Every key of `kv_connector_extra_config`, for both roles unless the description says one."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    codec: str = Field(
+        "hadamard",
+        description="Producer: how KV is sent. `hadamard` (two tiers, 4.1 + 4 bits), `bf16` "
+        "(the cache's own dtype, uncompressed), `int8`, `int4` (one tier).",
+    )
+    start: StartMode = Field(
+        StartMode.AUTO,
+        description="Consumer: `speculative` starts on the anchor (needs LynxScheduler), "
+        "`blocking` waits for the final tier, `auto` is speculative where LynxScheduler runs. "
+        "A request overrides it with `vllm_xargs: {\"lynx_start\": ...}`.",
+    )
+    draft_limit: Annotated[int, Field(ge=1, le=1024)] = Field(
+        64, description="Consumer: most tokens drafted before verification, per request."
+    )
+    verify_rows: Annotated[int, Field(ge=1, le=256)] = Field(
+        8,
+        description="Consumer: one-token rows per verification step, for requests that are not "
+        "plain greedy.",
+    )
+    exact_last_tokens: Annotated[int, Field(ge=0, le=1024)] = Field(
+        16,
+        description="Producer: tokens at the prompt's end sent uncompressed (so is token 0).",
+    )
+    listen_port: Annotated[int, Field(ge=0, le=65000)] = Field(
+        0, description="Producer: TCP port of rank 0; rank r adds r. 0 takes any free port."
+    )
+    advertise_host: str | None = Field(
+        None,
+        description="Producer: host name or address that consumers connect to. Default: "
+        "VLLM_HOST_IP or vLLM's guess of this host's address.",
+    )
+    frame_bytes: ByteSize = Field(
+        ByteSize(1 << 20), description="Producer: largest payload of a frame, 64KiB to 64MiB."
+    )
+    staging_bytes: ByteSize = Field(
+        ByteSize(4 << 30),
+        description="Host memory for encoded tiers, per worker. A full staging refuses new "
+        "transfers (producer) or queues them (consumer).",
+    )
+    lease_seconds: Annotated[float, Field(gt=0, le=86400)] = Field(
+        120.0,
+        description="Producer: how long finished tiers wait without contact before they are "
+        "dropped.",
+    )
+    transfer_timeout_seconds: Annotated[float, Field(gt=0, le=86400)] = Field(
+        60.0, description="Consumer: longest silence of a producer within one transfer."
+    )
+    link_mbit: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="Producer: rate limit of the sender in Mbit/s; 0 sends at full speed."
+    )
+    secret_file: Path | None = Field(
+        None,
+        description="File whose content both sides must share; peers then prove it by HMAC "
+        "before a byte of KV moves.",
+    )
+    model_id: str | None = Field(
+        None,
+        description="Name that both sides must agree on. Default: a fingerprint of the model's "
+        "configuration and weights files, or hub name and revision.",
+    )
+    events_file: Path | None = Field(
+        None, description="Append one JSON object a line for every step of every request."
+    )
+    ucx_tls: str | None = Field(
+        None, description="UCX transports (UCX_TLS) if the environment sets none, e.g. `tcp,self`."
+    )
+
+    @field_validator("codec")
+    @classmethod
+    def _known_codec(cls, value: str) -> str:
+        if value not in CODEC_NAMES:
+            raise ValueError(f"accepted values are {', '.join(CODEC_NAMES)}")
+        return value
+
+    @field_validator("frame_bytes")
+    @classmethod
+    def _frame_range(cls, value: ByteSize) -> ByteSize:
+        if not 64 << 10 <= value <= 64 << 20:
+            raise ValueError("accepted values are 64KiB to 64MiB")
+        return value
+
+    @field_validator("staging_bytes")
+    @classmethod
+    def _staging_range(cls, value: ByteSize) -> ByteSize:
+        if value < 1 << 20:
+            raise ValueError("accepted values are 1MiB and above")
+        return value
+
+    @field_validator("secret_file")
+    @classmethod
+    def _readable_secret(cls, value: Path | None) -> Path | None:
+        if value is not None:
+            try:
+                if len(value.read_bytes().strip()) < 16:
+                    raise ValueError("the file must hold at least 16 bytes")
+            except OSError as error:
+                raise ValueError(f"cannot be read: {error.strerror}") from error
+        return value
+
+    @classmethod
+    def from_extra_config(cls, extra: dict[str, Any]) -> "LynxConfig":
+        """Validate a `kv_connector_extra_config`.
+
+        Raises:
+            ConfigError: one line per wrong key, with the value and what is accepted.
+        """
+        try:
+            return cls.model_validate(extra)
+        except ValidationError as error:
+            lines = [_explain(issue, cls.model_fields) for issue in error.errors()]
+            raise ConfigError("; ".join(lines)) from None
+
+    def secret(self) -> bytes | None:
+        """The shared secret, or None where none is configured."""
+        return self.secret_file.read_bytes().strip() if self.secret_file else None
+
+
+def _explain(issue: Any, known: dict[str, Any]) -> str:
+    key = str(issue["loc"][0]) if issue["loc"] else "?"
+    where = f"kv_connector_extra_config.{key} = {issue['input']!r}"
+    if issue["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(known))}"
+        return f"{where}: unknown key; {hint}"
+    return f"{where}: {issue['msg']}"

@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LynxConnector: vLLM's view of Lynx. A facade that forwards every call to four halves.
+
+              producer (prefill)              consumer (decode)
+scheduler     producer/scheduler.py           consumer/scheduler.py
+worker        producer/worker.py              consumer/worker.py
+
+Source of the interface: vllm/distributed/kv_transfer/kv_connector/v1/base.py.
+"""
+
+import dataclasses
+import logging
+from typing import TYPE_CHECKING, Any
+
+from lynx_connector import compat
+from lynx_connector.compat import (
+    KVConnectorBase_V1,
+    KVConnectorHandshakeMetadata,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    KVConnectorTransferResults,
+    KVConnectorWorkerMetadata,
+)
+from lynx_connector.config import LynxConfig
+from lynx_connector.consumer.scheduler import ConsumerScheduler
+from lynx_connector.events import EventLog
+from lynx_connector.metadata import LynxHandshakeMetadata, LynxMetadata, LynxWorkerMetadata
+from lynx_connector.producer.scheduler import ProducerScheduler
+from lynx_connector.scheduler.port import SpeculationPort
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.config import VllmConfig
+    from vllm.forward_context import ForwardContext
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.outputs import KVConnectorOutput
+    from vllm.v1.request import Request
+
+    from lynx_connector.consumer.worker import ConsumerWorker
+    from lynx_connector.producer.worker import ProducerWorker
+
+logger = logging.getLogger("vllm.lynx")
+
+KVConnectorMetadata.register(LynxMetadata)
+KVConnectorWorkerMetadata.register(LynxWorkerMetadata)
+KVConnectorHandshakeMetadata.register(LynxHandshakeMetadata)
+
+
+class LynxConnector(KVConnectorBase_V1):
+    """KV connector that moves the KV cache in precision tiers."""
+
+    def __init__(
+        self, vllm_config: "VllmConfig", role: KVConnectorRole, kv_cache_config: "KVCacheConfig"
+    ):
+        super().__init__(vllm_config, role, kv_cache_config)
+        transfer = vllm_config.kv_transfer_config
+        self._config = LynxConfig.from_extra_config(transfer.kv_connector_extra_config)
+        compat.check_supported(vllm_config, kv_cache_config)
+        speculative = compat.resolve_start(self._config, vllm_config)
+        self._block_size = vllm_config.cache_config.block_size
+        self._events = EventLog(
+            self._config.events_file, "producer" if transfer.is_kv_producer else "consumer"
+        )
+        self._producer: ProducerScheduler | None = None
+        self._consumer: ConsumerScheduler | None = None
+        self._producer_worker: ProducerWorker | None = None
+        self._consumer_worker: ConsumerWorker | None = None
+        if role == KVConnectorRole.SCHEDULER:
+            self._init_scheduler(vllm_config, speculative)
+
+    def _init_scheduler(self, vllm_config: "VllmConfig", speculative: bool) -> None:
+        from vllm.utils.network_utils import get_ip
+
+        transfer = vllm_config.kv_transfer_config
+        tp_size = vllm_config.parallel_config.tensor_parallel_size
+        if transfer.is_kv_producer:
+            self._producer = ProducerScheduler(
+                self._config,
+                transfer.engine_id,
+                self._config.advertise_host or get_ip(),
+                tp_size,
+                self._block_size,
+                self._events,
+            )
+        if transfer.is_kv_consumer:
+            self._consumer = ConsumerScheduler(
+                self._config,
+                speculative,
+                transfer.kv_load_failure_policy == "recompute",
+                tp_size,
+                self._block_size,
+                self._events,
+            )
+            logger.info(
+                "lynx: decode requests start %s; on a failed transfer: %s",
+                "on the anchor" if speculative else "when the final tier has landed",
+                transfer.kv_load_failure_policy,
+            )
+
+    # ---- scheduler side ---------------------------------------------------------------------
+
+    @property
+    def speculation(self) -> SpeculationPort | None:
+        """What LynxScheduler needs; None on an instance that never consumes."""
+        return self._consumer
+
+    def on_new_request(self, request: "Request") -> None:
+        if self._producer:
+            self._producer.add(request)
+        if self._consumer:
+            self._consumer.add(request)
+
+    def get_num_new_matched_tokens(
+        self, request: "Request", num_computed_tokens: int
+    ) -> tuple[int | None, bool]:
+        return self._consumer.match(request, num_computed_tokens) if self._consumer else (0, False)
+
+    def update_state_after_alloc(
+        self, request: "Request", blocks: "KVCacheBlocks", num_external_tokens: int
+    ) -> None:
+        if self._consumer:
+            self._consumer.allocated(request, blocks, num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output: "SchedulerOutput") -> LynxMetadata:
+        metadata = LynxMetadata()
+        if self._producer:
+            self._producer.fill(metadata, scheduler_output)
+        if self._consumer:
+            self._consumer.fill(metadata)
+        return metadata
+
+    def update_connector_output(self, connector_output: "KVConnectorOutput") -> None:
+        report = connector_output.kv_connector_worker_meta
+        if self._consumer and isinstance(report, LynxWorkerMetadata):
+            self._consumer.update(report)
+
+    def request_finished(
+        self, request: "Request", block_ids: list[int]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        delay, reply = self._producer.finish(request) if self._producer else (False, None)
+        if self._consumer:
+            self._consumer.finish(request)
+        return delay, reply
+
+    def set_xfer_handshake_metadata(
+        self, metadata: dict[int, KVConnectorHandshakeMetadata]
+    ) -> None:
+        if self._producer:
+            self._producer.set_ports([metadata[rank].port for rank in sorted(metadata)])
+
+    # ---- worker side --------------------------------------------------------------------------
+
+    def register_kv_caches(self, kv_caches: dict[str, "torch.Tensor"]) -> None:
+        from vllm.distributed import get_tensor_model_parallel_rank
+
+        from lynx_connector.consumer.worker import ConsumerWorker
+        from lynx_connector.kv_layout import open_cache
+        from lynx_connector.producer.worker import ProducerWorker
+        from lynx_connector.transport.handshake import Identity
+        from lynx_connector.transport.loop import TransportLoop
+
+        config, vllm_config = self._config, self._vllm_config
+        transfer = vllm_config.kv_transfer_config
+        geometry, cache = open_cache(vllm_config, self._kv_cache_config, kv_caches)
+        rank = get_tensor_model_parallel_rank()
+        identity = Identity(
+            compat.compatibility_hash(vllm_config, config, dataclasses.asdict(geometry)),
+            f"{transfer.engine_id}/{rank}",
+            config.secret(),
+        )
+        self._loop = TransportLoop(config.ucx_tls)
+        self._loop.start()
+        shared = (config, identity, rank, geometry, cache, self._block_size)
+        if transfer.is_kv_producer:
+            self._producer_worker = ProducerWorker(*shared, self._loop, self._events)
+        if transfer.is_kv_consumer:
+            self._consumer_worker = ConsumerWorker(*shared, self._loop, self._events)
+
+    def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
+        return LynxHandshakeMetadata(self._producer_worker.port) if self._producer_worker else None
+
+    def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
+        assert isinstance(kv_connector_metadata, LynxMetadata)
+        if self._producer_worker:
+            self._producer_worker.apply_drops(kv_connector_metadata)
+        if self._consumer_worker:
+            self._consumer_worker.apply_cancellations(kv_connector_metadata)
+
+    def start_load_kv(self, forward_context: "ForwardContext", **kwargs: Any) -> None:
+        if self._consumer_worker:
+            self._consumer_worker.step(self._get_connector_metadata())
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Nothing to wait for: loads are asynchronous."""
+
+    def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any):
+        """Nothing per layer: whole chunks are encoded after the forward pass."""
+
+    def wait_for_save(self) -> None:
+        if self._producer_worker:
+            self._producer_worker.submit(self._get_connector_metadata())
+
+    def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
+        results = KVConnectorTransferResults()
+        if self._producer_worker:
+            results.finished_sending = self._producer_worker.take_finished(finished_req_ids)
+        if self._consumer_worker:
+            results.finished_recving, results.failed_recving = self._consumer_worker.take_finished()
+        return results
+
+    def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
+        return self._consumer_worker.take_report() if self._consumer_worker else None
+
+    def shutdown(self) -> None:
+        if self._producer_worker:
+            self._producer_worker.stop()
+        if self._consumer_worker or self._producer_worker:
+            self._loop.stop()
+        self._events.close()

@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scheduler half of the consumer: which requests load what, and what `LynxScheduler` hears of it.
+
+Pure Python; runs without torch. Implements `lynx_connector.scheduler.port.SpeculationPort`.
+"""
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lynx_connector.config import LynxConfig, StartMode
+from lynx_connector.errors import ProtocolError
+from lynx_connector.events import EventLog
+from lynx_connector.metadata import (
+    LoadRequest,
+    LynxMetadata,
+    LynxWorkerMetadata,
+    ReleaseRequest,
+)
+from lynx_connector.protocol import Handoff, parse_handoff
+
+if TYPE_CHECKING:
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.request import Request
+
+logger = logging.getLogger("vllm.lynx.consumer")
+
+ONE_TIER_CODECS = ("bf16", "int8", "int4")
+
+
+@dataclass
+class _Decode:
+    """A request whose KV another instance holds."""
+
+    handoff: Handoff | None
+    failure: str | None
+    speculative: bool
+    allocated: bool = False
+    """The load's blocks are allocated: the worker owns the transfer now."""
+    ended: bool = False
+    """No tokens are offered any more: loaded, failed, cancelled or not needed."""
+    refined_ranks: int = 0
+
+    @property
+    def transfer_id(self) -> str | None:
+        return self.handoff.transfer_id if self.handoff else None
+
+
+class ConsumerScheduler:
+    """Follows requests that carry `do_remote_prefill`, from the router to their refined cache."""
+
+    def __init__(
+        self,
+        config: LynxConfig,
+        speculative: bool,
+        recompute_on_failure: bool,
+        tensor_parallel_size: int,
+        block_size: int,
+        events: EventLog,
+    ):
+        self.draft_limit = config.draft_limit
+        self.verify_rows = config.verify_rows
+        self._speculative = speculative
+        self._recompute = recompute_on_failure
+        self._tp_size = tensor_parallel_size
+        self._block_size = block_size
+        self._events = events
+        self._decodes: dict[str, _Decode] = {}
+        self._loads: list[LoadRequest] = []
+        self._cancelled: list[tuple[str, str]] = []
+        self._releases: list[ReleaseRequest] = []
+        self._started: list[str] = []
+        self._refined: list[str] = []
+        self._failed: list[tuple[str, str]] = []
+
+    # ---- vLLM's hooks, forwarded by the connector --------------------------------------
+
+    def add(self, request: "Request") -> None:
+        """A new request; followed if its prefill ran elsewhere."""
+        params = request.kv_transfer_params
+        if not params or not params.get("do_remote_prefill"):
+            return
+        handoff, failure = None, None
+        try:
+            handoff = parse_handoff(params)
+            failure = self._unusable(handoff, request)
+        except ProtocolError as error:
+            failure = str(error)
+        sampling = request.sampling_params
+        start = ((sampling and sampling.extra_args) or {}).get("lynx_start")
+        accepted = [mode.value for mode in StartMode]
+        if start is not None and start not in accepted:
+            logger.warning(
+                "lynx: request %s: lynx_start = %r ignored; accepted values are %s",
+                request.request_id,
+                start,
+                ", ".join(accepted),
+            )
+        speculative = (
+            self._speculative
+            and start != StartMode.BLOCKING
+            and handoff is not None
+            and handoff.lynx.codec not in ONE_TIER_CODECS
+        )
+        self._decodes[request.request_id] = _Decode(handoff, failure, speculative)
+
+    def _unusable(self, handoff: Handoff, request: "Request") -> str | None:
+        if len(handoff.lynx.ports) != self._tp_size:
+            return (
+                f"prefill at {handoff.remote_host} has tensor_parallel_size "
+                f"{len(handoff.lynx.ports)}, this instance {self._tp_size}: they must be equal"
+            )
+        if handoff.lynx.num_tokens != request.num_prompt_tokens:
+            return (
+                f"prefill computed {handoff.lynx.num_tokens} prompt tokens, this instance counts "
+                f"{request.num_prompt_tokens}: both sides need the same tokenizer and chat template"
+            )
+        return None
+
+    def match(self, request: "Request", num_computed_tokens: int) -> tuple[int, bool]:
+        """Tokens to load beyond the local prefix cache, and whether asynchronously."""
+        decode = self._decodes.get(request.request_id)
+        if decode is None or decode.ended:
+            return 0, False
+        count = request.num_prompt_tokens - num_computed_tokens
+        if count <= 1:
+            # Only the last token is missing, and the first decode step computes that one anyway.
+            return 0, False
+        if decode.failure is not None and self._recompute:
+            self._give_up(request.request_id, decode, decode.failure)
+            return 0, False
+        return count, True
+
+    def _give_up(self, request_id: str, decode: _Decode, cause: str) -> None:
+        logger.warning(
+            "lynx: request %s: KV transfer impossible, prompt is recomputed here: %s",
+            request_id,
+            cause,
+        )
+        self._events("failed", request_id, decode.transfer_id, cause=cause, peer=_host(decode))
+        self._finish_transfer(decode, "consumer recomputes: " + cause)
+
+    def allocated(self, request: "Request", blocks: "KVCacheBlocks", num_external: int) -> None:
+        """Blocks exist: load into them, or tell the producer that nothing is needed.
+
+        Also called without external tokens: at a full local hit, for requests that may not read
+        the cache (prompt_logprobs), and again after the load.
+        """
+        request_id = request.request_id
+        decode = self._decodes.get(request_id)
+        if decode is None or decode.ended:
+            return
+        if num_external == 0:
+            self._finish_transfer(decode, "nothing to load")
+            return
+        decode.ended = decode.allocated = True
+        num_tokens = request.num_prompt_tokens
+        first_token = num_tokens - num_external
+        block_ids = blocks.get_block_ids()[0]
+        first_block = first_token // self._block_size
+        handoff = decode.handoff
+        self._loads.append(
+            LoadRequest(
+                request_id=request_id,
+                transfer_id=handoff.transfer_id if handoff else "",
+                host=handoff.remote_host if handoff else "",
+                ports=handoff.lynx.ports if handoff else [],
+                codec=handoff.lynx.codec if handoff else "bf16",
+                exact_first=handoff.lynx.exact_first if handoff else 0,
+                exact_last=handoff.lynx.exact_last if handoff else 0,
+                num_tokens=num_tokens,
+                first_token=first_token,
+                block_ids=block_ids[first_block : -(-num_tokens // self._block_size)],
+                speculative=decode.speculative,
+                failure=decode.failure,
+            )
+        )
+        self._events(
+            "admitted",
+            request_id,
+            decode.transfer_id,
+            prompt_tokens=num_tokens,
+            local_tokens=first_token,
+            start="speculative" if decode.speculative else "blocking",
+        )
+        if decode.speculative:
+            self._started.append(request_id)
+
+    def fill(self, metadata: LynxMetadata) -> None:
+        """Hand this step's loads, cancellations and releases to the workers."""
+        metadata.loads, self._loads = self._loads, []
+        metadata.cancelled, self._cancelled = self._cancelled, []
+        metadata.releases, self._releases = self._releases, []
+
+    def update(self, report: LynxWorkerMetadata) -> None:
+        """What the workers reported in this step."""
+        for request_id, ranks in report.refined.items():
+            decode = self._decodes.get(request_id)
+            if decode is None:
+                continue
+            decode.refined_ranks += ranks
+            if decode.refined_ranks == self._tp_size:
+                self._refined.append(request_id)
+        for request_id, cause in report.failed.items():
+            if request_id in self._decodes:
+                self._failed.append((request_id, cause))
+
+    def finish(self, request: "Request") -> tuple[bool, dict[str, Any] | None]:
+        """A request ended; whatever is still under way for it stops."""
+        decode = self._decodes.pop(request.request_id, None)
+        if decode is None:
+            return False, None
+        self._events(
+            "finished",
+            request.request_id,
+            decode.transfer_id,
+            output_tokens=request.num_output_tokens,
+            status=request.status.name,
+        )
+        if decode.allocated and decode.refined_ranks < self._tp_size:
+            self._cancelled.append((request.request_id, "request ended"))
+        elif not decode.ended:
+            self._finish_transfer(decode, "request ended before its load")
+        return False, None
+
+    def _finish_transfer(self, decode: _Decode, cause: str) -> None:
+        decode.ended = True
+        if decode.handoff is not None:
+            self._releases.append(
+                ReleaseRequest(
+                    decode.handoff.transfer_id,
+                    decode.handoff.remote_host,
+                    decode.handoff.lynx.ports,
+                    cause,
+                )
+            )
+
+    @property
+    def num_decodes(self) -> int:
+        """Requests followed now."""
+        return len(self._decodes)
+
+    # ---- SpeculationPort ------------------------------------------------------------------
+
+    def take_started(self) -> list[str]:
+        """Requests that will start on their anchor."""
+        started, self._started = self._started, []
+        return started
+
+    def take_refined(self) -> list[str]:
+        """Requests whose final tier is in place on every rank."""
+        refined, self._refined = self._refined, []
+        return refined
+
+    def take_failed(self) -> list[tuple[str, str]]:
+        """(request id, cause) of transfers lost after the anchor."""
+        failed, self._failed = self._failed, []
+        return failed
+
+    def cancel(self, request_id: str) -> None:
+        """Stop the transfer of a request that goes on without it (preempted, recomputed)."""
+        decode = self._decodes.get(request_id)
+        if decode is not None and decode.allocated and decode.refined_ranks < self._tp_size:
+            self._cancelled.append((request_id, "cancelled by the decode instance"))
+
+    def event(self, name: str, request_id: str, **fields: object) -> None:
+        """Record a step of a request."""
+        decode = self._decodes.get(request_id)
+        self._events(name, request_id, decode.transfer_id if decode else None, **fields)
+
+
+def _host(decode: _Decode) -> str | None:
+    return decode.handoff.remote_host if decode.handoff else None

@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Worker half of the consumer: receives tiers into staging and writes them into the paged blocks.
+
+All writes happen inside a step, after its forward pass and on the main thread (vLLM calls
+`start_load_kv` there for asynchronous loads: v1/worker/kv_connector_model_runner_mixin.py), so no
+forward ever reads a block while it is patched, and blocks freed by an abort are never written.
+"""
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+
+from lynx_kernels.paged import PagedKVCache
+
+from lynx_connector.codec import Codec, KVGeometry, Tier, get_codec
+from lynx_connector.config import LynxConfig
+from lynx_connector.consumer.inbound import InboundTransfer, LandedRows
+from lynx_connector.errors import LynxError
+from lynx_connector.events import EventLog
+from lynx_connector.metadata import LoadRequest, LynxMetadata, LynxWorkerMetadata, ReleaseRequest
+from lynx_connector.transfer import TierBuffers, TokenRange, plan_pieces, slots_of
+from lynx_connector.transport.client import TierClient
+from lynx_connector.transport.handshake import Identity
+from lynx_connector.transport.loop import TransportLoop
+
+logger = logging.getLogger("vllm.lynx.consumer")
+
+WRITE_SECONDS_PER_STEP = 0.05
+
+
+class ConsumerWorker:
+    """One decode worker's transfers, from fetch to the last patch."""
+
+    def __init__(
+        self,
+        config: LynxConfig,
+        identity: Identity,
+        rank: int,
+        geometry: KVGeometry,
+        cache: PagedKVCache,
+        block_size: int,
+        loop: TransportLoop,
+        events: EventLog,
+    ):
+        self._rank = rank
+        self._geometry = geometry
+        self._cache = cache
+        self._block_size = block_size
+        self._loop = loop
+        self._events = events
+        self._staging_limit = int(config.staging_bytes)
+        self._staging_used = 0
+        self._client = TierClient(identity, config.transfer_timeout_seconds)
+        self._codecs: dict[str, Codec] = {}
+        self._active: dict[str, InboundTransfer] = {}
+        self._queued: deque[LoadRequest] = deque()
+        self._finished_recving: set[str] = set()
+        self._failed_recving: set[str] = set()
+        self._report = LynxWorkerMetadata()
+
+    # ---- called by the connector, in this order within a step ---------------------------
+
+    def apply_cancellations(self, metadata: LynxMetadata) -> None:
+        """Drop transfers that the scheduler gave up, before their blocks can be reused.
+
+        An asynchronous load that has not been reported must still be, or vLLM would keep the
+        aborted request's blocks (v1/core/sched/scheduler.py, `_update_from_kv_xfer_finished`).
+        """
+        for request_id, cause in metadata.cancelled:
+            if (transfer := self._active.get(request_id)) is not None:
+                self._end(transfer, cause)
+                if not transfer.anchor_reported:
+                    self._finished_recving.add(request_id)
+            elif queued := [load for load in self._queued if load.request_id == request_id]:
+                self._queued.remove(queued[0])
+                self._release(queued[0], cause)
+                self._finished_recving.add(request_id)
+
+    def step(self, metadata: LynxMetadata) -> None:
+        """Start new transfers and write what has landed."""
+        for release in metadata.releases:
+            self._release(release, release.cause)
+        self._queued.extend(metadata.loads)
+        self._start_queued()
+        deadline = time.monotonic() + WRITE_SECONDS_PER_STEP
+        for transfer in list(self._active.values()):
+            self._advance(transfer, deadline)
+
+    def take_finished(self) -> tuple[set[str], set[str]]:
+        """(finished_recving, failed_recving) since the last call; failures are in both."""
+        finished, self._finished_recving = self._finished_recving, set()
+        failed, self._failed_recving = self._failed_recving, set()
+        return finished | failed, failed
+
+    def take_report(self) -> LynxWorkerMetadata | None:
+        """What the scheduler half must know beyond vLLM's own fields; None if nothing."""
+        report = self._report
+        if not (report.refined or report.failed or report.anchored):
+            return None
+        self._report = LynxWorkerMetadata()
+        return report
+
+    # ---- transfers -------------------------------------------------------------------------
+
+    def _codec(self, name: str) -> Codec:
+        if name not in self._codecs:
+            self._codecs[name] = get_codec(name, self._geometry)
+        return self._codecs[name]
+
+    def _start_queued(self) -> None:
+        while self._queued:
+            load = self._queued[0]
+            if load.failure is not None:
+                self._queued.popleft()
+                self._fail_load(load, load.failure)
+                continue
+            try:
+                pieces = plan_pieces(
+                    load.num_tokens,
+                    load.first_token,
+                    load.exact_first,
+                    load.exact_last,
+                    self._codec(load.codec),
+                    self._codec("bf16"),
+                )
+            except LynxError as error:
+                self._queued.popleft()
+                self._fail_load(load, str(error))
+                continue
+            buffers = TierBuffers(pieces)
+            if buffers.num_bytes > self._staging_limit:
+                self._queued.popleft()
+                self._fail_load(
+                    load,
+                    f"transfer of {buffers.num_bytes} bytes exceeds this instance's "
+                    f"staging_bytes={self._staging_limit}",
+                )
+                self._release(load, "consumer's staging is too small")
+                continue
+            if self._staging_used + buffers.num_bytes > self._staging_limit:
+                return  # oldest first: wait until earlier transfers give memory back
+            self._queued.popleft()
+            self._start(load, buffers)
+
+    def _start(self, load: LoadRequest, buffers: TierBuffers) -> None:
+        buffers.allocate()
+        self._staging_used += buffers.num_bytes
+        tokens = TokenRange(load.first_token, load.num_tokens)
+        first_block = load.first_token // self._block_size
+        slots = slots_of(tokens, load.block_ids, first_block, self._block_size)
+        transfer = InboundTransfer(load, buffers, slots)
+        self._active[load.request_id] = transfer
+        address = (load.host, load.ports[self._rank])
+        self._loop.post(
+            self._client.fetch, address, transfer, load.first_token, load.num_tokens
+        )
+
+    def _advance(self, transfer: InboundTransfer, deadline: float) -> None:
+        failure = transfer.failure
+        while failure is None and (rows := transfer.take_landed()):
+            self._write(transfer, rows)
+            if time.monotonic() > deadline:
+                break
+        if failure is not None:
+            self._fail(transfer, failure)
+            return
+        load = transfer.load
+        start_on_anchor = load.speculative and transfer.anchored
+        if not transfer.anchor_reported and (start_on_anchor or transfer.refined):
+            transfer.anchor_reported = True
+            self._finished_recving.add(load.request_id)
+            if start_on_anchor:
+                statistics = transfer.statistics()
+                self._report.anchored[load.request_id] = statistics
+                self._events("anchor_landed", load.request_id, load.transfer_id, **statistics)
+        if transfer.refined:
+            self._events("refined", load.request_id, load.transfer_id, **transfer.statistics())
+            self._report.refined[load.request_id] = 1
+            self._end(transfer, "done")
+
+    def _write(self, transfer: InboundTransfer, rows: LandedRows) -> None:
+        """Decode rows into the cache: the anchor at once if drafting starts on it, else only
+        together with the residual."""
+        piece, tier, tokens = rows.piece, rows.tier, rows.tokens
+        final = tier is piece.codec.tiers[-1]
+        if final or transfer.load.speculative:
+            tiers = [piece.view(t, tokens) for t in piece.codec.tiers if t <= tier]
+            piece.codec.decode(tiers, self._cache, transfer.slots_for(tokens))
+        transfer.mark_written(rows)
+        load = transfer.load
+        self._events(
+            "patched" if tier is not Tier.ANCHOR else "frame",
+            load.request_id,
+            load.transfer_id,
+            tier=tier.name.lower(),
+            tokens_done=tokens.end,
+        )
+
+    # ---- ends --------------------------------------------------------------------------------
+
+    def _fail_load(self, load: LoadRequest, cause: str) -> None:
+        logger.error("lynx: request %s: KV transfer failed: %s", load.request_id, cause)
+        self._events("failed", load.request_id, load.transfer_id, cause=cause, peer=load.host)
+        self._failed_recving.add(load.request_id)
+
+    def _fail(self, transfer: InboundTransfer, cause: str) -> None:
+        load = transfer.load
+        if transfer.anchor_reported:
+            logger.error(
+                "lynx: request %s: KV transfer failed after its anchor: %s", load.request_id, cause
+            )
+            self._events("failed", load.request_id, load.transfer_id, cause=cause, peer=load.host)
+            self._report.failed[load.request_id] = cause
+        else:
+            self._fail_load(load, cause)
+        self._end(transfer, "failed: " + cause)
+
+    def _end(self, transfer: InboundTransfer, cause: str) -> None:
+        del self._active[transfer.load.request_id]
+        self._staging_used -= transfer.buffers.num_bytes
+        self._release(transfer.load, cause)
+
+    def _release(self, load: LoadRequest | ReleaseRequest, cause: str) -> None:
+        if self._rank < len(load.ports):
+            address = (load.host, load.ports[self._rank])
+            self._loop.post(self._client.release, address, load.transfer_id, cause)
+
+    def usage(self) -> dict[str, int]:
+        """Counts that must be zero when no request is open (but for idle connections)."""
+        return {
+            "transfers": len(self._active) + len(self._queued),
+            "staging_bytes": self._staging_used,
+            "sinks": self._client.num_transfers,
+            "connections": self._client.num_peers,
+        }

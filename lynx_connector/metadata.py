@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the scheduler half tells the workers each step, and what they report back.
+
+Both travel inside vLLM (pickled by vLLM itself between its own processes), never to a peer. The
+classes are plain, so that the scheduler halves run without torch; `connector.py` registers them
+with vLLM's abstract bases.
+"""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class EncodeChunk:
+    """Producer: tokens [start, end) of a request are computed once this step's forward is done."""
+
+    request_id: str
+    transfer_id: str
+    num_tokens: int
+    start: int
+    end: int
+    block_ids: list[int]
+    """Blocks of tokens from `start // block_size * block_size` on."""
+
+
+@dataclass(frozen=True)
+class LoadRequest:
+    """Consumer: fetch tokens [first_token, num_tokens) into `block_ids`."""
+
+    request_id: str
+    transfer_id: str
+    host: str
+    ports: list[int]
+    codec: str
+    exact_first: int
+    exact_last: int
+    num_tokens: int
+    first_token: int
+    block_ids: list[int]
+    """Blocks of tokens from `first_token // block_size * block_size` on."""
+    speculative: bool
+    failure: str | None = None
+    """Set where the handoff itself is unusable: report the load as failed, fetch nothing."""
+
+
+@dataclass(frozen=True)
+class ReleaseRequest:
+    """Consumer: tell the producer that a transfer is not needed."""
+
+    transfer_id: str
+    host: str
+    ports: list[int]
+    cause: str
+
+
+@dataclass
+class LynxMetadata:
+    """Scheduler to workers, one step."""
+
+    encode: list[EncodeChunk] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
+    """Producer: request ids whose staging is not wanted any more."""
+    preempted: set[str] = field(default_factory=set)
+    """Producer: request ids whose blocks are being taken away."""
+    loads: list[LoadRequest] = field(default_factory=list)
+    cancelled: list[tuple[str, str]] = field(default_factory=list)
+    """Consumer: (request id, cause)."""
+    releases: list[ReleaseRequest] = field(default_factory=list)
+
+
+@dataclass
+class LynxWorkerMetadata:
+    """Workers to scheduler, one step."""
+
+    anchored: dict[str, dict] = field(default_factory=dict)
+    """Request id -> statistics of the anchor (rank that reported last)."""
+    refined: dict[str, int] = field(default_factory=dict)
+    """Request id -> number of ranks that have patched the final tier."""
+    failed: dict[str, str] = field(default_factory=dict)
+    """Request id -> cause, for transfers lost after the anchor was reported."""
+
+    def aggregate(self, other: "LynxWorkerMetadata") -> "LynxWorkerMetadata":
+        """Combine the reports of two ranks."""
+        for request_id, ranks in other.refined.items():
+            self.refined[request_id] = self.refined.get(request_id, 0) + ranks
+        self.failed.update(other.failed)
+        self.anchored.update(other.anchored)
+        return self
+
+
+@dataclass
+class LynxHandshakeMetadata:
+    """Producer worker to its scheduler half at start-up: where this rank listens."""
+
+    port: int

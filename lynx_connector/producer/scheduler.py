@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scheduler half of the producer: which tokens to encode when, and the reply to the router.
+
+Pure Python; runs without torch.
+"""
+
+import uuid
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from lynx_connector.config import EXACT_FIRST_TOKENS, LynxConfig
+from lynx_connector.events import EventLog
+from lynx_connector.metadata import EncodeChunk, LynxMetadata
+from lynx_connector.protocol import PROTOCOL_VERSION
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.request import Request
+
+
+@dataclass
+class _Prefill:
+    """A request whose KV another instance will fetch."""
+
+    transfer_id: str
+    num_tokens: int
+    block_ids: list[int] = field(default_factory=list)
+    submitted: int = 0
+    """Tokens that the workers have been told to encode."""
+    opened: bool = False
+    """Whether the workers know the request, and so will report when its blocks are free."""
+
+
+class ProducerScheduler:
+    """Follows prefills that carry `do_remote_decode`, in the NIXL shape."""
+
+    def __init__(
+        self,
+        config: LynxConfig,
+        engine_id: str,
+        host: str,
+        tensor_parallel_size: int,
+        block_size: int,
+        events: EventLog,
+    ):
+        self._config = config
+        self._engine_id = engine_id
+        self._host = config.advertise_host or host
+        self._tp_size = tensor_parallel_size
+        self._block_size = block_size
+        self._events = events
+        self._ports: list[int] = []
+        self._prefills: dict[str, _Prefill] = {}
+        self._dropped: list[str] = []
+
+    def set_ports(self, ports: list[int]) -> None:
+        """Where the workers listen, by rank."""
+        self._ports = ports
+
+    def add(self, request: "Request") -> None:
+        """A new request; followed if a decode instance is to go on with it."""
+        params = request.kv_transfer_params
+        if params and params.get("do_remote_decode"):
+            self._prefills[request.request_id] = _Prefill(
+                uuid.uuid4().hex, request.num_prompt_tokens
+            )
+            self._events(
+                "prefill_started",
+                request.request_id,
+                self._prefills[request.request_id].transfer_id,
+                prompt_tokens=request.num_prompt_tokens,
+            )
+
+    def fill(self, metadata: LynxMetadata, output: "SchedulerOutput") -> None:
+        """Add this step's finished chunks, drops and preemptions to the workers' metadata."""
+        if not self._prefills and not self._dropped:
+            return
+        for request_id in output.preempted_req_ids or ():
+            if prefill := self._prefills.get(request_id):
+                prefill.block_ids, prefill.submitted = [], 0
+                metadata.preempted.add(request_id)
+        for new in output.scheduled_new_reqs:
+            if prefill := self._prefills.get(new.req_id):
+                prefill.block_ids = list(new.block_ids[0])
+                self._submit(metadata, output, new.req_id, prefill, new.num_computed_tokens)
+        cached = output.scheduled_cached_reqs
+        for index, request_id in enumerate(cached.req_ids):
+            prefill = self._prefills.get(request_id)
+            if prefill is None:
+                continue
+            new_blocks = cached.new_block_ids[index]
+            if request_id in cached.resumed_req_ids:
+                prefill.block_ids = []
+            prefill.block_ids += new_blocks[0] if new_blocks else []
+            computed = cached.num_computed_tokens[index]
+            self._submit(metadata, output, request_id, prefill, computed)
+        metadata.dropped, self._dropped = self._dropped, []
+
+    def _submit(
+        self,
+        metadata: LynxMetadata,
+        output: "SchedulerOutput",
+        request_id: str,
+        prefill: _Prefill,
+        computed: int,
+    ) -> None:
+        end = min(computed + output.num_scheduled_tokens[request_id], prefill.num_tokens)
+        start = prefill.submitted
+        if end <= start:
+            return
+        first_block, last_block = start // self._block_size, -(-end // self._block_size)
+        metadata.encode.append(
+            EncodeChunk(
+                request_id,
+                prefill.transfer_id,
+                prefill.num_tokens,
+                start,
+                end,
+                prefill.block_ids[first_block:last_block],
+            )
+        )
+        prefill.submitted, prefill.opened = end, True
+
+    def finish(self, request: "Request") -> tuple[bool, dict[str, Any] | None]:
+        """A request ended: (keep its blocks until they are encoded, parameters for the reply).
+
+        A prefill that was aborted or failed is dropped; one that ended by its length or a stop
+        token is handed over, since all its prompt's KV exists.
+        """
+        prefill = self._prefills.pop(request.request_id, None)
+        if prefill is None:
+            return False, None
+        if prefill.submitted < prefill.num_tokens or not _ended_normally(request):
+            self._dropped.append(request.request_id)
+            self._events("released", request.request_id, prefill.transfer_id, cause="aborted")
+            return prefill.opened, None
+        self._events(
+            "handoff",
+            request.request_id,
+            prefill.transfer_id,
+            prompt_tokens=prefill.num_tokens,
+        )
+        return True, {
+            "do_remote_prefill": True,
+            "do_remote_decode": False,
+            "remote_engine_id": self._engine_id,
+            "remote_block_ids": [],
+            "remote_request_id": prefill.transfer_id,
+            "remote_host": self._host,
+            "remote_port": self._ports[0],
+            "tp_size": self._tp_size,
+            "remote_num_tokens": prefill.num_tokens,
+            "lynx": {
+                "version": PROTOCOL_VERSION,
+                "num_tokens": prefill.num_tokens,
+                "codec": self._config.codec,
+                "exact_first": EXACT_FIRST_TOKENS,
+                "exact_last": self._config.exact_last_tokens,
+                "ports": self._ports,
+            },
+        }
+
+    @property
+    def num_prefills(self) -> int:
+        """Requests followed now."""
+        return len(self._prefills)
+
+
+def _ended_normally(request: "Request") -> bool:
+    # By name: importing vllm.v1.request would pull torch into this module.
+    return request.status.name in ("FINISHED_LENGTH_CAPPED", "FINISHED_STOPPED")

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Encoded tiers in bounded host memory, from the prefill's first chunk to the consumer's release."""
+
+import threading
+import time
+
+from lynx_connector.errors import TransferError
+from lynx_connector.events import EventLog
+from lynx_connector.transfer import TierBuffers
+
+
+class StagedTransfer:
+    """One request's tiers. Rows of tokens below `encoded` are final.
+
+    `encoded` grows with the prefill; a preemption (`restarts`) sends it back to 0.
+    """
+
+    def __init__(self, transfer_id: str, request_id: str, num_tokens: int, buffers: TierBuffers):
+        self.transfer_id = transfer_id
+        self.request_id = request_id
+        self.num_tokens = num_tokens
+        self.buffers = buffers
+        self.num_bytes = buffers.num_bytes
+        self.encoded = 0
+        self.dropped = False
+        self.restarts = 0
+        self._touched = time.monotonic()
+
+    def touch(self) -> None:
+        """Contact with a consumer: the lease starts anew."""
+        self._touched = time.monotonic()
+
+    def expired(self, lease_seconds: float, now: float) -> bool:
+        """Whether a complete transfer has had no contact for the lease."""
+        return self.encoded == self.num_tokens and now - self._touched > lease_seconds
+
+
+class StagingStore:
+    """All transfers of this worker, within `limit_bytes`. Thread-safe.
+
+    A transfer that found no room, or that ended, leaves its cause behind for a while, so that a
+    consumer that asks for it learns why.
+    """
+
+    MAX_CAUSES = 1024
+
+    def __init__(self, limit_bytes: int, lease_seconds: float, events: EventLog):
+        self._limit = limit_bytes
+        self._lease = lease_seconds
+        self._events = events
+        self._lock = threading.Lock()
+        self._transfers: dict[str, StagedTransfer] = {}
+        self._causes: dict[str, str] = {}
+        self.used_bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._transfers)
+
+    def open(self, transfer: StagedTransfer) -> bool:
+        """Take memory for a transfer; False (and a cause for the consumer) if there is no room."""
+        with self._lock:
+            if self.used_bytes + transfer.num_bytes > self._limit:
+                self._remember(
+                    transfer.transfer_id,
+                    f"prefill's staging is full: {transfer.num_bytes} bytes needed, "
+                    f"{self.used_bytes} of {self._limit} in use (staging_bytes)",
+                )
+                transfer.dropped = True
+                return False
+            self.used_bytes += transfer.num_bytes
+            self._transfers[transfer.transfer_id] = transfer
+        transfer.buffers.allocate()
+        return True
+
+    def lookup(self, transfer_id: str) -> StagedTransfer:
+        """The transfer, if it is still here.
+
+        Raises:
+            TransferError: with the reason why it is not.
+        """
+        with self._lock:
+            transfer = self._transfers.get(transfer_id)
+            if transfer is None:
+                raise TransferError(self._causes.get(transfer_id, "unknown transfer"))
+            return transfer
+
+    def drop(self, transfer_id: str, cause: str) -> StagedTransfer | None:
+        """Forget a transfer and give its memory back; None if it was not here."""
+        with self._lock:
+            transfer = self._transfers.pop(transfer_id, None)
+            if transfer is None:
+                return None
+            transfer.dropped = True
+            self.used_bytes -= transfer.num_bytes
+            self._remember(transfer_id, f"transfer was released: {cause}")
+        self._events(
+            "released",
+            transfer.request_id,
+            transfer_id,
+            cause=cause,
+            bytes=transfer.num_bytes,
+        )
+        return transfer
+
+    def expire(self) -> list[StagedTransfer]:
+        """Drop every complete transfer whose lease has run out, and return them."""
+        now = time.monotonic()
+        with self._lock:
+            late = [t for t in self._transfers.values() if t.expired(self._lease, now)]
+        cause = f"no consumer within lease_seconds={self._lease:g}"
+        return [transfer for t in late if (transfer := self.drop(t.transfer_id, cause))]
+
+    def _remember(self, transfer_id: str, cause: str) -> None:
+        self._causes[transfer_id] = cause
+        while len(self._causes) > self.MAX_CAUSES:
+            del self._causes[next(iter(self._causes))]

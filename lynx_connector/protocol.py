@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every message between two Lynx workers, and the handoff that a router carries.
+
+Control messages are MessagePack by msgspec: typed, of bounded size, never pickle. On the wire each
+is one fixed slot of `SLOT_BYTES` (length, then the message, then zeros); a `Frame` is followed by
+its payload.
+
+Version history:
+    1  first version: hello/challenge, fetch by tier order, frames of token-major rows.
+"""
+
+import struct
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
+
+from lynx_connector.errors import ProtocolError
+
+PROTOCOL_VERSION = 1
+
+SLOT_BYTES = 1024
+_LENGTH = struct.Struct("<4sI")
+_MAGIC = b"LYNX"
+MAX_CAUSE = 240
+
+Text = Annotated[str, Meta(max_length=256)]
+Id = Annotated[str, Meta(min_length=1, max_length=128)]
+Count = Annotated[int, Meta(ge=0, le=1 << 40)]
+Nonce = Annotated[bytes, Meta(max_length=64)]
+
+
+class Message(msgspec.Struct, tag=True, forbid_unknown_fields=True, frozen=True):
+    """Base of all control messages; the struct's name is the tag."""
+
+
+class Hello(Message):
+    """Consumer to producer, first message of a connection. These fields never change."""
+
+    version: int
+    release: Text
+    compat: Text
+    peer: Text
+    nonce: Nonce
+
+
+class Welcome(Message):
+    """Producer's answer: its own identity, and its proof where a secret is configured."""
+
+    version: int
+    release: Text
+    compat: Text
+    peer: Text
+    nonce: Nonce
+    proof: Nonce
+
+
+class Proof(Message):
+    """Consumer's proof, closing the handshake."""
+
+    proof: Nonce
+
+
+class Ready(Message):
+    """Producer: the handshake holds."""
+
+
+class Refused(Message):
+    """Either side: the connection ends, and why."""
+
+    cause: Text
+
+
+class Fetch(Message):
+    """Consumer asks for the tiers of one transfer, tokens [first_token, num_tokens)."""
+
+    transfer_id: Id
+    first_token: Count
+    num_tokens: Count
+
+
+class Release(Message):
+    """Consumer: stop sending and drop the staging (`done`, `cancelled`, ...)."""
+
+    transfer_id: Id
+    cause: Text
+
+
+class Failure(Message):
+    """Producer: this transfer cannot be served, and why."""
+
+    transfer_id: Id
+    cause: Text
+
+
+class Frame(Message):
+    """Header of one payload: rows of one tier for tokens [first_token, first_token + num_tokens).
+
+    Rows are token-major: row t holds all layers, K and V and heads of one token, for the worker's
+    shard. `checksum` is xxh3-64 of the payload.
+    """
+
+    transfer_id: Id
+    tier: Annotated[int, Meta(ge=0, le=2)]
+    codec: Id
+    first_token: Count
+    num_tokens: Annotated[int, Meta(ge=1, le=1 << 32)]
+    num_bytes: Annotated[int, Meta(ge=1, le=1 << 30)]
+    checksum: Annotated[int, Meta(ge=0)]
+
+
+def tier_name(tier: int) -> str:
+    """A tier's name for logs."""
+    return ("anchor", "residual", "exact")[tier]
+
+
+AnyMessage = Hello | Welcome | Proof | Ready | Refused | Fetch | Release | Failure | Frame
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(AnyMessage)
+
+
+def encode(message: Message) -> bytearray:
+    """One control message as a slot of `SLOT_BYTES`.
+
+    Raises:
+        ProtocolError: if the message does not fit.
+    """
+    body = _encoder.encode(message)
+    if len(body) > SLOT_BYTES - _LENGTH.size:
+        raise ProtocolError(f"{type(message).__name__} of {len(body)} bytes exceeds a slot")
+    slot = bytearray(SLOT_BYTES)
+    _LENGTH.pack_into(slot, 0, _MAGIC, len(body))
+    slot[_LENGTH.size : _LENGTH.size + len(body)] = body
+    return slot
+
+
+def decode(slot: bytes | bytearray | memoryview) -> AnyMessage:
+    """The message in a slot.
+
+    Raises:
+        ProtocolError: on anything that is not exactly one valid message.
+    """
+    if len(slot) != SLOT_BYTES:
+        raise ProtocolError(f"a control slot has {SLOT_BYTES} bytes, got {len(slot)}")
+    magic, length = _LENGTH.unpack_from(slot, 0)
+    if magic != _MAGIC:
+        raise ProtocolError(f"not a Lynx message (starts with {magic!r})")
+    if length > SLOT_BYTES - _LENGTH.size:
+        raise ProtocolError(f"control message claims {length} bytes")
+    try:
+        return _decoder.decode(memoryview(slot)[_LENGTH.size : _LENGTH.size + length])
+    except msgspec.DecodeError as error:
+        raise ProtocolError(f"malformed control message: {error}") from None
+
+
+class LynxParams(msgspec.Struct, forbid_unknown_fields=False, frozen=True):
+    """What travels under the key `lynx` of `kv_transfer_params`.
+
+    Unknown fields are ignored, so that a newer producer can add some without a new version.
+    """
+
+    version: int
+    num_tokens: Annotated[int, Meta(ge=1, le=1 << 32)]
+    codec: Id
+    exact_first: Annotated[int, Meta(ge=0, le=1024)]
+    exact_last: Annotated[int, Meta(ge=0, le=1024)]
+    ports: Annotated[list[Annotated[int, Meta(ge=1, le=65535)]], Meta(min_length=1, max_length=512)]
+
+
+class Handoff(msgspec.Struct, forbid_unknown_fields=False, frozen=True):
+    """The prefill's reply in the NIXL shape, as a decode instance reads it.
+
+    Source of the shape: vllm/distributed/kv_transfer/kv_connector/v1/nixl/pull_scheduler.py.
+    """
+
+    remote_engine_id: Id
+    remote_request_id: Id
+    remote_host: Id
+    lynx: LynxParams
+
+    @property
+    def transfer_id(self) -> str:
+        """The producer's name of this transfer."""
+        return self.remote_request_id
+
+    def address(self, rank: int) -> tuple[str, int]:
+        """Where the producer's worker `rank` listens."""
+        return self.remote_host, self.lynx.ports[rank]
+
+
+def parse_handoff(params: dict[str, Any]) -> Handoff:
+    """Validate a decode leg's `kv_transfer_params`.
+
+    Raises:
+        ProtocolError: naming what is missing or wrong.
+    """
+    if "lynx" not in params:
+        raise ProtocolError(
+            "kv_transfer_params has no key 'lynx': the prefill instance does not run LynxConnector"
+        )
+    try:
+        handoff = msgspec.convert(params, Handoff)
+    except msgspec.ValidationError as error:
+        raise ProtocolError(f"malformed kv_transfer_params: {error}") from None
+    if handoff.lynx.version != PROTOCOL_VERSION:
+        raise ProtocolError(
+            f"prefill speaks Lynx protocol {handoff.lynx.version}, this instance "
+            f"{PROTOCOL_VERSION}: run the same lynx-connector on both sides"
+        )
+    return handoff

@@ -1,0 +1,297 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every touch of vLLM's scheduler internals that speculative start needs, one function each.
+
+Written against vLLM 0.32. In the line references S is vllm/v1/core/sched/scheduler.py, A is
+vllm/v1/core/sched/async_scheduler.py, R1 and R2 are the model runners
+vllm/v1/worker/gpu_model_runner.py and vllm/v1/worker/gpu/model_runner.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from vllm.v1.core.sched.interface import PauseState
+from vllm.v1.core.sched.output import NewRequestData
+from vllm.v1.request import RequestStatus
+
+from lynx_connector.scheduler import shadows
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.outputs import LogprobsLists, ModelRunnerOutput
+    from vllm.v1.request import Request
+
+
+# ---- start-up -----------------------------------------------------------------------------------
+
+
+def reserve_slots(scheduler: Scheduler, wanted: int) -> int:
+    """Keep request slots of the runner free for shadows; returns how many.
+
+    The V2 runner holds a slot per known request and asserts when it has none
+    (vllm/v1/worker/gpu/states.py:99). At most a quarter of max_num_seqs is kept. Admission is
+    bounded by max_num_active_reqs (S:132, S:923); max_num_running_reqs stays the slot count.
+    """
+    slots = scheduler.max_num_running_reqs
+    reserved = min(wanted, max(1, slots // 4), slots - 1)
+    scheduler.max_num_active_reqs = min(scheduler.max_num_active_reqs, slots - reserved)
+    return reserved
+
+
+def guard_prefix_cache(scheduler: Scheduler, is_unverified: Callable[[str], bool]) -> None:
+    """Keep blocks of unverified requests out of the prefix cache.
+
+    `coordinator.cache_blocks` is behind both caching sites: the end of an asynchronous load
+    (S:3157) and every allocation (vllm/v1/core/kv_cache_manager.py:616).
+    """
+    coordinator = scheduler.kv_cache_manager.coordinator
+    cache_blocks = coordinator.cache_blocks
+
+    def guarded(request: Request, num_computed_tokens: int) -> None:
+        if not is_unverified(request.request_id):
+            cache_blocks(request, num_computed_tokens)
+
+    coordinator.cache_blocks = guarded
+
+
+def keeps_shadows_opaque(scheduler: Scheduler) -> bool:
+    """Whether the engine's configuration adds per-request state that a shadow cannot carry."""
+    return bool(
+        scheduler.vllm_config.model_config.logits_processors
+        or scheduler.return_sampling_mask
+        or scheduler.aux_output_connector is not None
+    )
+
+
+# ---- one request --------------------------------------------------------------------------------
+
+
+def freeze(request: Request) -> None:
+    """Schedule nothing more for a running request and drop its results still in flight.
+
+    Steps in flight become stale output in drop mode (S:2064-2072, S:2102), as for a preemption by
+    reset_prefix_cache. With nothing left to compute `schedule` passes the request by (S:739).
+    """
+    request.spec_token_ids = []
+    if request.num_in_flight_tokens:
+        request.num_stale_output_tokens = request.num_in_flight_tokens
+        request.drop_stale_output = True
+    request.num_output_placeholders = 0
+    request.num_computed_tokens = request.num_tokens
+
+
+def forget_drafts(scheduler: Scheduler, request: Request) -> None:
+    """Cut a request back to its prompt (tokens and block hashes)."""
+    prompt = request.num_prompt_tokens
+    request._output_token_ids.clear()
+    del request._all_token_ids[prompt:]
+    del request.block_hashes[prompt // scheduler.hash_block_size :]
+
+
+def set_seed(request: Request, seed: int) -> None:
+    """Give a request that samples without a seed an explicit one; it must not have run yet."""
+    request.sampling_params = request.sampling_params.clone()
+    request.sampling_params.seed = seed
+
+
+def has_room(scheduler: Scheduler, request: Request) -> bool:
+    """Whether a drafting request can take its next token without another request's blocks."""
+    manager = scheduler.kv_cache_manager
+    groups = manager.coordinator.single_type_managers
+    needed = sum(
+        request.num_tokens + request.num_output_placeholders > len(ids) * group.block_size
+        for group, ids in zip(groups, manager.get_block_ids(request.request_id), strict=True)
+    )
+    return needed <= manager.block_pool.get_num_free_blocks()
+
+
+def make_room(scheduler: Scheduler, request: Request, drafts: int) -> int:
+    """Allocate KV slots behind the prompt for `drafts` drafts, or for as many as fit.
+
+    Called before `Scheduler.schedule`, so that a model that zeroes new blocks does so in the very
+    step that writes them (S:1563).
+    """
+    while drafts and scheduler.kv_cache_manager.allocate_slots(request, drafts) is None:
+        drafts //= 2
+    return drafts
+
+
+def recompute_failed_load(scheduler: Scheduler, request: Request) -> None:
+    """Have a request whose asynchronous load is still pending recomputed from its first token.
+
+    The same as vLLM does for `failed_recving` (S:3341): at promotion all blocks are freed (S:3150).
+    """
+    request.num_computed_tokens = 0
+    scheduler.failed_recving_kv_req_ids.add(request.request_id)
+
+
+def finish_with_error(scheduler: Scheduler, request: Request) -> None:
+    """End a request with an error output in the next `update_from_output`.
+
+    The set is drained there into FINISHED_ERROR outputs (S:2309), whatever put a request into it.
+    """
+    scheduler.grammar_compile_error_reqs.add(request.request_id)
+
+
+# ---- one step -----------------------------------------------------------------------------------
+
+
+@contextmanager
+def token_reserve(scheduler: Scheduler, tokens: int, decodes: int) -> Iterator[None]:
+    """Schedule with `tokens` less, but never with less than one token for each of `decodes`."""
+    saved = scheduler.max_num_scheduled_tokens
+    scheduler.max_num_scheduled_tokens = max(saved - tokens, min(saved, max(decodes, 1)))
+    try:
+        yield
+    finally:
+        scheduler.max_num_scheduled_tokens = saved
+
+
+def free_slots(scheduler: Scheduler, output: SchedulerOutput) -> int:
+    """Request slots of the runner that this step leaves free.
+
+    V1 needs a slot per scheduled request, V2 per known one. Shadows of the step before leave with
+    this step's finished_req_ids, before new requests are added (R1:1197, R2:1146).
+    """
+    if scheduler._pause_state == PauseState.PAUSED_ALL:
+        return 0
+    if scheduler.use_v2_model_runner:
+        used = len(scheduler.running) + scheduler.num_waiting_for_streaming_input
+    else:
+        used = len(output.num_scheduled_tokens)
+    return scheduler.max_num_running_reqs - used
+
+
+def lora_fits(scheduler: Scheduler, output: SchedulerOutput, request: Request) -> bool:
+    """Whether the step can also run `request`'s LoRA adapter (as S:898 and S:942 ask)."""
+    if not scheduler.lora_config or not request.lora_request:
+        return True
+    scheduled = {
+        other.lora_request.lora_int_id
+        for rid in output.num_scheduled_tokens
+        if (other := scheduler.requests.get(rid)) is not None and other.lora_request
+    }
+    scheduled.update(
+        new.lora_request.lora_int_id for new in output.scheduled_new_reqs if new.lora_request
+    )
+    return len(scheduled | {request.lora_request.lora_int_id}) <= scheduler.lora_config.max_loras
+
+
+def add_shadows(
+    scheduler: Scheduler,
+    output: SchedulerOutput,
+    request: Request,
+    new: Sequence[NewRequestData],
+    tokens: int,
+) -> None:
+    """Append shadows of `tokens` tokens each to a step that is already scheduled.
+
+    They are in no queue; their ids go into the next step's finished_req_ids, which makes the runner
+    drop them. `request` is fenced like a scheduled one (S:1616), and a step that holds nothing else
+    is counted, as `update_from_output` counts it (S:1536, S:2050).
+    """
+    if scheduler.defer_block_free:
+        if output.total_num_scheduled_tokens == 0:
+            scheduler.sched_step_seq += 1
+        request.last_sched_seq = scheduler.sched_step_seq
+    for shadow in new:
+        output.scheduled_new_reqs.append(shadow)
+        output.num_scheduled_tokens[shadow.req_id] = tokens
+        output.total_num_scheduled_tokens += tokens
+        scheduler.finished_req_ids.add(shadow.req_id)
+    output.has_structured_output_requests |= request.use_structured_output
+
+
+def restore(scheduler: Scheduler, output: SchedulerOutput, waiting: set[str]) -> None:
+    """Tell the runner the true tokens of requests that it knows with drafts as output.
+
+    Done where such a request is scheduled next; its id then leaves `waiting`.
+    - V2 ignores a lowered num_computed_tokens (R2:1236); a new request of the same id replaces the
+      old one (R2:1165).
+    - V1 takes the update of a streaming session (R1:1250, R1:1591). It files all tokens under the
+      prompt; parameters that would notice never get here with tokens emitted, see
+      `SamplingFacts.path`, but for min_tokens, which is lowered.
+    A preempted request on V2 is sent anew by vLLM itself (S:1425).
+    """
+    waiting.difference_update(new.req_id for new in output.scheduled_new_reqs)
+    cached = output.scheduled_cached_reqs
+    for request_id in [rid for rid in cached.req_ids if rid in waiting]:
+        waiting.remove(request_id)
+        at = cached.req_ids.index(request_id)
+        computed = cached.num_computed_tokens[at]
+        for column in (
+            cached.req_ids,
+            cached.new_block_ids,
+            cached.num_computed_tokens,
+            cached.num_output_tokens,
+        ):
+            column.pop(at)
+        cached.all_token_ids.pop(request_id, None)
+        cached.resumed_req_ids.discard(request_id)
+
+        request = scheduler.requests[request_id]
+        tokens = list(request.all_token_ids)
+        blocks = scheduler.kv_cache_manager.get_block_ids(request_id)
+        new = NewRequestData.from_request(
+            request,
+            blocks,
+            tokens if scheduler.use_v2_model_runner else None,
+            uses_mrope=scheduler.model_uses_mrope,
+        )
+        new.num_computed_tokens = computed
+        if not scheduler.use_v2_model_runner and request.num_output_tokens:
+            new.prompt_token_ids = tokens
+            params = request.sampling_params.clone()
+            params.min_tokens = max(0, params.min_tokens - request.num_output_tokens)
+            new.sampling_params = params
+        output.scheduled_new_reqs.append(new)
+
+
+def inject(
+    output: SchedulerOutput,
+    result: ModelRunnerOutput,
+    emitted: Sequence[tuple[Request, list[int], list[LogprobsLists]]],
+    *,
+    asynchronous: bool,
+) -> tuple[SchedulerOutput, ModelRunnerOutput]:
+    """Copies of a step and its result in which each request produced its emitted tokens.
+
+    vLLM then appends, stops, finishes and reports them as if they had been sampled in this step
+    (S:2062-2290). A request ends up with one token to compute: the last emitted one.
+    """
+    scheduled = dict(output.num_scheduled_tokens)
+    index = dict(result.req_id_to_index)
+    sampled = list(result.sampled_token_ids)
+    for request, tokens, _ in emitted:
+        request.num_computed_tokens = request.num_prompt_tokens + len(tokens) - 1
+        request.num_in_flight_tokens += 1  # taken off again with the token scheduled here
+        request.num_output_placeholders = len(tokens) if asynchronous else 0  # A:71
+        scheduled[request.request_id] = 1
+        index[request.request_id] = len(sampled)
+        sampled.append(list(tokens))
+    logprobs = result.logprobs
+    if logprobs is not None:
+        logprobs = shadows.append_logprobs(
+            logprobs, len(result.sampled_token_ids), [rows for _, _, rows in emitted]
+        )
+    return (
+        dataclasses.replace(output, num_scheduled_tokens=scheduled),
+        dataclasses.replace(
+            result, req_id_to_index=index, sampled_token_ids=sampled, logprobs=logprobs
+        ),
+    )
+
+
+def is_loading(request: Request) -> bool:
+    """Whether the request's asynchronous load has not been promoted yet."""
+    return request.status == RequestStatus.WAITING_FOR_REMOTE_KVS
+
+
+def is_running(request: Request) -> bool:
+    """Whether the request is in `scheduler.running`."""
+    return request.status == RequestStatus.RUNNING

@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Speculative start as a mixin over vLLM's two schedulers.
+
+A request whose coarse KV (the anchor) has landed decodes as any other, but its tokens are held back
+as drafts. Once the exact KV is patched in, the drafts are verified by shadow requests over the same
+blocks, and what the exact model would have said comes out in one piece. Requests without a lossy
+load take vLLM's own path throughout.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from typing import TYPE_CHECKING, Any
+
+from vllm.logger import init_logger
+from vllm.sampling_params import SamplingType
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+
+from lynx_connector.scheduler import grammar, hooks, startup
+from lynx_connector.scheduler.states import Drafting, PauseReason, Verifying, VerifyPath
+from lynx_connector.scheduler.verifier import Verifier
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
+    from vllm.v1.engine import EngineCoreOutputs
+    from vllm.v1.outputs import ModelRunnerOutput
+    from vllm.v1.request import Request
+
+    _Base = Scheduler
+else:
+    _Base = object
+
+logger = init_logger(__name__)
+
+
+class SpeculativeStartMixin(_Base):
+    """Overrides of `Scheduler` that draft, verify and fall back; see `states` for the life cycle."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._asynchronous = isinstance(self, AsyncScheduler)
+        startup.check_mode(self.vllm_config, asynchronous=self._asynchronous)
+        self._port = startup.find_port(self)
+        self._drafting: dict[str, Drafting] = {}
+        self._restoring: set[str] = set()  # requests whose drafts the runner still takes for output
+        if self._port is None:
+            return
+        startup.check_supported(self.vllm_config, self.kv_cache_config)
+        reserved = hooks.reserve_slots(self, self._port.verify_rows)
+        self._verifier = Verifier(self, self._port.verify_rows, reserved)
+        # V1's asynchronous runner rebuilds a request that sat out a step by itself (R1:1436).
+        self._runner_restores = (
+            self.scheduler_config.async_scheduling and not self.use_v2_model_runner
+        )
+        hooks.guard_prefix_cache(
+            self, lambda request_id: request_id in self._drafting or request_id in self._verifier
+        )
+        logger.info(
+            "Speculative start: up to %d drafts per request; %d of %d request slots are kept for "
+            "verification.",
+            self._port.draft_limit,
+            reserved,
+            self.max_num_running_reqs,
+        )
+
+    # ---- schedule --------------------------------------------------------------------------------
+
+    def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+        if self._port is None:
+            return super().schedule(throttle_prefills)
+        for request_id, drafting in list(self._drafting.items()):
+            self._advance(self.requests[request_id], drafting)
+        decodes = len(self.running) - len(self._verifier)
+        with hooks.token_reserve(self, self._verifier.tokens_wanted(), decodes):
+            output = super().schedule(throttle_prefills)
+        for request_id in self._port.take_started():
+            if request_id in self.requests:
+                self._start_drafting(self.requests[request_id])
+        hooks.restore(self, output, self._restoring)
+        self._verifier.send(output)
+        return output
+
+    def get_grammar_bitmask(self, scheduler_output: SchedulerOutput) -> GrammarOutput | None:
+        result = super().get_grammar_bitmask(scheduler_output)
+        return result if self._port is None else self._verifier.add_masks(result, scheduler_output)
+
+    def _start_drafting(self, request: Request) -> None:
+        params = request.sampling_params
+        if self.use_v2_model_runner and params.sampling_type == SamplingType.RANDOM:
+            # V2's noise is a function of seed, position and token: with one seed for drafts and
+            # rows a draft is accepted far more often. Costs the fused sampler for such batches.
+            hooks.set_seed(request, random.getrandbits(62))
+        terminal = set(params.stop_token_ids or ())
+        if params.eos_token_id is not None:
+            terminal.add(params.eos_token_id)
+        self._drafting[request.request_id] = Drafting.start(
+            draft_limit=self._port.draft_limit,
+            max_tokens=request.max_tokens,
+            context_left=self.max_model_len - request.num_prompt_tokens,
+            terminal=terminal,
+            may_draft=grammar.can_draft(request, self.structured_output_manager),
+        )
+
+    def _advance(self, request: Request, drafting: Drafting) -> None:
+        """Take one drafting request as far as what has come in since the last step allows."""
+        running = hooks.is_running(request)
+        if request.request_id in self.failed_recving_kv_req_ids:
+            # vLLM recomputes a failed load; of a lossy one it must not keep a valid beginning.
+            request.num_computed_tokens = 0
+            del self._drafting[request.request_id]
+        elif drafting.failure is not None:
+            self._fall_back(request, drafting)
+        elif drafting.refined and not running:
+            del self._drafting[request.request_id]  # nothing drafted: an ordinary request
+        elif drafting.refined:
+            self._start_verifying(request, drafting)
+        elif running and drafting.paused is None and not hooks.has_room(self, request):
+            drafting.pause(PauseReason.NO_ROOM)
+            self._pause(request, drafting)
+
+    def _start_verifying(self, request: Request, drafting: Drafting) -> None:
+        request_id = request.request_id
+        path = self._verifier.path(request, drafting)
+        hooks.freeze(request)
+        if path is VerifyPath.REWIND and request.num_in_flight_tokens:
+            return  # or the runner would feed the draft in flight instead of the prompt's end
+        del self._drafting[request_id]
+        self._take_back(request, drafting)
+        hooks.freeze(request)
+        self._port.event("verify_started", request_id, drafts=len(drafting.drafts), how=str(path))
+        if path is VerifyPath.REWIND:
+            request.num_computed_tokens = request.num_prompt_tokens - 1
+            self._verified(request, Verifying(path, drafting.drafts, 0, time.monotonic()))
+        else:
+            self._verifier.start(request, path, drafting)
+
+    def _take_back(self, request: Request, drafting: Drafting) -> None:
+        grammar.roll_back(request, drafting.grammar_steps)
+        hooks.forget_drafts(self, request)
+
+    # ---- update ----------------------------------------------------------------------------------
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, EngineCoreOutputs]:
+        if self._port is None:
+            return super().update_from_output(scheduler_output, model_runner_output)
+        done = self._verifier.collect(scheduler_output, model_runner_output)
+        for one in done:
+            self._verified(one.request, one.state)
+        if done:
+            scheduler_output, model_runner_output = hooks.inject(
+                scheduler_output,
+                model_runner_output,
+                [(one.request, one.state.emitted, one.logprobs) for one in done],
+                asynchronous=self._asynchronous,
+            )
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        for request_id in self._port.take_refined():
+            if request_id in self._drafting:
+                self._drafting[request_id].refined = True
+        for request_id, cause in self._port.take_failed():
+            if request_id in self._drafting:
+                drafting = self._drafting[request_id]
+                drafting.failure = cause
+                self._report_failure(request_id, cause)
+                self._fall_back(self.requests[request_id], drafting)
+        return outputs
+
+    def _update_request_with_output(
+        self, request: Request, new_token_ids: list[int], is_stale: bool = False
+    ) -> tuple[list[int], bool]:
+        drafting = self._drafting.get(request.request_id)
+        if drafting is None:
+            return super()._update_request_with_output(request, new_token_ids, is_stale)
+        if self._asynchronous and not is_stale:
+            request.num_output_placeholders -= len(new_token_ids)
+        for token in new_token_ids:
+            self._draft(request, drafting, token)
+            if drafting.paused is not None:
+                self._pause(request, drafting)
+                break
+        return [], False  # held back: no output, no stop
+
+    def _draft(self, request: Request, drafting: Drafting, token: int) -> None:
+        if not drafting.drafts:
+            self._port.event("drafting", request.request_id)
+        if drafting.append(token) is not None:
+            return
+        request.append_output_token_ids(token)
+        if request.use_structured_output:
+            if self.structured_output_manager.accept_tokens(request, [token]):
+                drafting.grammar_steps += 1
+            else:
+                drafting.drafts.pop()
+                drafting.pause(PauseReason.GRAMMAR)
+
+    def _pause(self, request: Request, drafting: Drafting) -> None:
+        hooks.freeze(request)
+        self._port.event(
+            "paused", request.request_id, why=str(drafting.paused), drafts=len(drafting.drafts)
+        )
+
+    def _verified(self, request: Request, state: Verifying) -> None:
+        request_id = request.request_id
+        if not self._runner_restores:
+            self._restoring.add(request_id)
+        ms = (time.monotonic() - state.started) * 1e3
+        drafted, accepted = len(state.drafts), state.accepted
+        self._port.event(
+            "verified",
+            request_id,
+            drafted=drafted,
+            accepted=accepted,
+            steps=state.steps,
+            ms=round(ms, 3),
+            rejected_token=None if state.how is VerifyPath.REWIND else state.rejected_token,
+        )
+        logger.info(
+            "Request %s: %d of %d drafts accepted (%s, %.0f ms).",
+            request_id,
+            accepted,
+            drafted,
+            state.how,
+            ms,
+        )
+
+    # ---- falling back ----------------------------------------------------------------------------
+
+    def _report_failure(self, request_id: str, cause: str) -> None:
+        policy = "recompute" if self.recompute_kv_load_failures else "fail"
+        logger.warning("Request %s: transfer failed (%s); policy %s.", request_id, cause, policy)
+        self._port.event("fallback", request_id, cause=cause, policy=policy)
+
+    def _fall_back(self, request: Request, drafting: Drafting) -> None:
+        """End or recompute a request that will never be refined, as soon as its status allows."""
+        if not self.recompute_kv_load_failures:
+            hooks.finish_with_error(self, request)
+        elif hooks.is_running(request):
+            self.running.remove(request)
+            self._preempt_request(request, time.monotonic(), drop_stale_output=True)
+        elif hooks.is_loading(request):
+            hooks.recompute_failed_load(self, request)
+            self._port.cancel(request.request_id)
+            del self._drafting[request.request_id]
+
+    def _preempt_request(
+        self, request: Request, timestamp: float, drop_stale_output: bool = False
+    ) -> None:
+        if self._port is not None:
+            drop_stale_output |= self._abandon(request)
+        super()._preempt_request(request, timestamp, drop_stale_output)
+
+    def _abandon(self, request: Request) -> bool:
+        """Forget a preempted request's drafts: it is recomputed locally. True if there were any."""
+        request_id = request.request_id
+        drafting = self._drafting.pop(request_id, None)
+        verifying = self._verifier.drop(request_id)
+        if drafting is not None:
+            self._take_back(request, drafting)
+            self._port.cancel(request_id)
+            self._port.event("preempted", request_id, state="drafting", drafts=len(drafting.drafts))
+        elif verifying is not None:
+            self._port.event(
+                "preempted", request_id, state="verifying", drafts=len(verifying.drafts)
+            )
+        return drafting is not None or verifying is not None
+
+    def _free_request(self, request: Request, delay_free_blocks: bool = False) -> Any:
+        if self._port is not None:
+            self._drafting.pop(request.request_id, None)
+            self._verifier.drop(request.request_id)
+            self._restoring.discard(request.request_id)
+        return super()._free_request(request, delay_free_blocks)
+
+
+class LynxScheduler(SpeculativeStartMixin, Scheduler):
+    """vLLM's synchronous scheduler with speculative start."""
+
+
+class LynxAsyncScheduler(SpeculativeStartMixin, AsyncScheduler):
+    """vLLM's asynchronous scheduler with speculative start."""

@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the scheduler needs to know from a KV connector that hands over KV in tiers."""
+
+from typing import Protocol
+
+
+class SpeculationPort(Protocol):
+    """The scheduler half of a connector, seen from `LynxScheduler` as `connector.speculation`.
+
+    A request is *lossy* from the allocation of its asynchronous load (`take_started`) until every
+    rank has patched the final tier over the anchor (`take_refined`). vLLM's own `finished_recving`
+    says that the anchor has landed. Every `take_*` method returns what has come in since the last
+    call and forgets it.
+    """
+
+    draft_limit: int
+    """Most tokens that may be drafted for one request."""
+
+    verify_rows: int
+    """Most one-token rows that one request gets in one verification step."""
+
+    def take_started(self) -> list[str]:
+        """Requests whose load was just allocated and reports `finished_recving` at the anchor."""
+
+    def take_refined(self) -> list[str]:
+        """Requests whose final tier is now in place on all ranks."""
+
+    def take_failed(self) -> list[tuple[str, str]]:
+        """(request id, cause) of transfers lost after their load was allocated."""
+
+    def cancel(self, request_id: str) -> None:
+        """Drop the request's transfer; idempotent.
+
+        An anchor that has not been reported as `finished_recving` must still be reported, and
+        `get_num_new_matched_tokens` must offer no tokens for this request again.
+        """
+
+    def event(self, name: str, request_id: str, **fields: object) -> None:
+        """Record `name` in the request's timeline."""

@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The life of one lossy request in the scheduler, without vLLM and without torch.
+
+    waiting for the anchor -> Drafting (possibly paused) -> Verifying -> ordinary
+
+`Drafting` and `Verifying` hold what the scheduler must remember in between; a request without
+either is an ordinary one. Token positions: the prompt holds P tokens, row i of a verification reads
+the token at position P - 1 + i (the last prompt token, then draft 1, draft 2, ...) and samples s_i,
+the genuine token for position P + i.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+class PauseReason(StrEnum):
+    """Why a request stops drafting before its final tier is in place."""
+
+    LIMIT = "limit"  # the connector's draft limit
+    EOS = "eos"  # an end-of-sequence or stop token was drafted
+    MAX_TOKENS = "max_tokens"  # more drafts could never be emitted
+    NO_ROOM = "no_room"  # the context is full or no KV block is free
+    GRAMMAR = "grammar"  # the request's grammar allows no further draft
+
+
+class VerifyPath(StrEnum):
+    """How drafts are checked; the first exact one is taken, in this order."""
+
+    ONE_PASS = "one_pass"  # one shadow of k + 1 tokens, argmax of every position
+    ROWS = "rows"  # k + 1 shadows of one token, sampled under the request's own parameters
+    REWIND = "rewind"  # no check: drop the drafts and decode again from the refined cache
+
+
+@dataclass(frozen=True)
+class SamplingFacts:
+    """What decides which verification of a request is exact."""
+
+    greedy: bool
+    shapes_logits: bool  # penalties, bias, masks: the sampled token is not the plain argmax
+    wants_logprobs: bool
+    reads_outputs: bool  # looks at output tokens apart from the prompt (presence penalty, ...)
+    opaque: bool  # needs state that a shadow request does not carry
+
+    def path(self, *, v2_runner: bool, rows: int, one_pass_fits: bool, slots: int) -> VerifyPath:
+        """The cheapest exact path for `rows` positions, given `slots` spare runner slots.
+
+        vLLM's V1 runner files the drafts that a row has read under its prompt, so there nothing
+        that reads outputs is exact by rows; the V2 runner keeps the two apart.
+        """
+        if self.opaque or slots < 1 or (self.reads_outputs and not v2_runner):
+            return VerifyPath.REWIND
+        if (
+            self.greedy
+            and not (self.shapes_logits or self.wants_logprobs or self.reads_outputs)
+            and rows > 1
+            and one_pass_fits
+        ):
+            return VerifyPath.ONE_PASS
+        return VerifyPath.ROWS
+
+
+@dataclass
+class Drafting:
+    """A request whose KV is lossy: waits for its anchor, then collects drafts, then may pause."""
+
+    limit: int
+    limit_reason: PauseReason
+    terminal: frozenset[int] = frozenset()  # tokens that end the request when emitted
+    drafts: list[int] = field(default_factory=list)
+    paused: PauseReason | None = None
+    refined: bool = False
+    failure: str | None = None
+    grammar_steps: int = 0  # tokens by which the request's grammar is ahead of its output
+
+    @classmethod
+    def start(
+        cls,
+        *,
+        draft_limit: int,
+        max_tokens: int,
+        context_left: int,
+        terminal: Iterable[int] = (),
+        may_draft: bool = True,
+    ) -> "Drafting":
+        """Set the draft limit.
+
+        k drafts verify into at most k + 1 tokens, hence never more than `max_tokens` - 1 drafts,
+        nor more than `context_left` - 1, where `context_left` counts the tokens that still fit
+        behind the prompt.
+        """
+        bounds = [
+            (draft_limit, PauseReason.LIMIT),
+            (max_tokens - 1, PauseReason.MAX_TOKENS),
+            (context_left - 1, PauseReason.NO_ROOM),
+        ]
+        if not may_draft:
+            bounds.append((0, PauseReason.GRAMMAR))
+        limit, reason = min(bounds, key=lambda bound: bound[0])
+        return cls(max(limit, 0), reason, frozenset(terminal))
+
+    def append(self, token: int) -> PauseReason | None:
+        """Record one decoded token; returns the reason when drafting must pause now."""
+        if self.paused is not None:
+            raise RuntimeError("a paused request cannot draft")
+        if self.limit:
+            self.drafts.append(token)
+        if self.limit and token in self.terminal:
+            self.paused = PauseReason.EOS
+        elif len(self.drafts) >= self.limit:
+            self.paused = self.limit_reason
+        return self.paused
+
+    def pause(self, reason: PauseReason) -> None:
+        """Stop drafting for a cause outside of the drafts themselves."""
+        if self.paused is None:
+            self.paused = reason
+
+    @property
+    def rows(self) -> int:
+        """Positions to verify: one more than drafts, unless the last draft ends the request."""
+        closed = self.paused is PauseReason.EOS
+        return len(self.drafts) + (not closed)
+
+
+@dataclass
+class Verifying:
+    """A request whose drafts are being checked against the refined cache.
+
+    `emitted` holds s_0, s_1, ... up to and including the first that differs from its draft. Each is
+    a sample of the refined model given a prefix of samples of the refined model; a mismatching
+    draft is never "resampled", its own s_i is emitted, so the output distribution is untouched.
+    """
+
+    how: VerifyPath
+    drafts: list[int]
+    rows: int
+    started: float = 0.0  # seconds, time.monotonic()
+    emitted: list[int] = field(default_factory=list)
+    in_flight: tuple[str, ...] = ()  # shadow ids, in row order; one_pass has one for all rows
+    steps: int = 0
+
+    def shorten(self, drafts: int) -> None:
+        """Verify only the first `drafts` drafts (no KV slots for more)."""
+        if drafts < len(self.drafts):
+            del self.drafts[drafts:]
+            self.rows = drafts + 1
+
+    @property
+    def inputs(self) -> list[int]:
+        """The drafts that rows read, that is, whose KV verification writes: rows - 1 of them."""
+        return self.drafts[: self.rows - 1]
+
+    def next_rows(self, most: int) -> range:
+        """The next group of at most `most` rows; all rows before it were accepted."""
+        first = len(self.emitted)
+        return range(first, min(first + max(most, 0), self.rows))
+
+    def sent(self, shadow_ids: Iterable[str]) -> None:
+        """A group of rows is on its way."""
+        self.in_flight = tuple(shadow_ids)
+        self.steps += 1
+
+    def receive(self, samples: Iterable[int]) -> bool:
+        """Take the samples of the group in flight; True when verification has ended."""
+        self.in_flight = ()
+        for token in samples:
+            row = len(self.emitted)
+            self.emitted.append(token)
+            if row + 1 >= self.rows or token != self.drafts[row]:
+                return True
+        return False
+
+    @property
+    def accepted(self) -> int:
+        """Drafts that equal the tokens emitted in their places."""
+        return sum(s == d for s, d in zip(self.emitted, self.drafts, strict=False))
+
+    @property
+    def rejected_token(self) -> int | None:
+        """The first draft that was not accepted, None when all were."""
+        return self.drafts[self.accepted] if self.accepted < len(self.drafts) else None

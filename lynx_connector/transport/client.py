@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The consumer's end: one connection per producer worker, shared by all transfers from it."""
+
+import asyncio
+import logging
+import time
+from typing import Protocol
+
+import numpy as np
+
+from lynx_connector import protocol
+from lynx_connector.errors import LynxError, ProtocolError, TransferError
+from lynx_connector.transport.connection import Connection, checksum
+from lynx_connector.transport.handshake import Identity, greet
+
+logger = logging.getLogger("vllm.lynx.client")
+
+Address = tuple[str, int]
+CONNECT_SECONDS = 10.0
+
+
+class Sink(Protocol):
+    """Where the frames of one transfer go. Called from the transport thread."""
+
+    transfer_id: str
+
+    def buffer(self, frame: protocol.Frame) -> np.ndarray:
+        """Memory for a frame's payload; raises TransferError if the frame is not acceptable."""
+
+    def landed(self, frame: protocol.Frame) -> bool:
+        """The payload is in the buffer and its checksum holds; True if nothing more is to come."""
+
+    def failed(self, cause: str) -> None:
+        """Nothing more will arrive."""
+
+
+async def connect(address: Address, identity: Identity) -> Connection:
+    """Connect and shake hands.
+
+    Raises:
+        TransferError: naming the address and the cause.
+    """
+    import ucxx
+
+    host, port = address
+    try:
+        async with asyncio.timeout(CONNECT_SECONDS):
+            endpoint = await ucxx.create_endpoint(host, port)
+    except Exception as error:
+        raise TransferError(f"cannot connect to {host}:{port}: {error or 'timed out'}") from None
+    connection = Connection(endpoint, f"{host}:{port}")
+    try:
+        await greet(connection, identity)
+    except (LynxError, ConnectionError, TimeoutError) as error:
+        await connection.close()
+        raise TransferError(f"{host}:{port}: {error or 'handshake timed out'}") from None
+    return connection
+
+
+class TierClient:
+    """Fetches transfers. All methods run in the transport loop."""
+
+    def __init__(self, identity: Identity, timeout_seconds: float):
+        self._identity = identity
+        self._timeout = timeout_seconds
+        self._peers: dict[Address, _Peer] = {}
+        self._tasks: set[asyncio.Task] = set()
+
+    def fetch(self, address: Address, sink: Sink, first_token: int, num_tokens: int) -> None:
+        """Ask for the tiers of a transfer; the sink hears the rest."""
+        message = protocol.Fetch(sink.transfer_id, first_token, num_tokens)
+        self._spawn(self._fetch(address, sink, message))
+
+    async def _fetch(self, address: Address, sink: Sink, message: protocol.Fetch) -> None:
+        peer = self._peer(address)
+        peer.add(sink)
+        try:
+            await peer.send(message)
+        except (TransferError, ConnectionError) as error:
+            peer.fail(sink, str(error))
+
+    def release(self, address: Address, transfer_id: str, cause: str) -> None:
+        """Tell the producer that a transfer is not needed (any more); never fails."""
+        self._spawn(self._release(address, transfer_id, cause))
+
+    async def _release(self, address: Address, transfer_id: str, cause: str) -> None:
+        peer = self._peer(address)
+        peer.sinks.pop(transfer_id, None)
+        try:
+            await peer.send(protocol.Release(transfer_id, cause[: protocol.MAX_CAUSE]))
+        except (TransferError, ConnectionError) as error:
+            logger.info("lynx: could not release transfer %s: %s", transfer_id, error)
+
+    def _peer(self, address: Address) -> "_Peer":
+        peer = self._peers.get(address)
+        if peer is None or peer.lost:
+            peer = self._peers[address] = _Peer(address, self._identity, self._timeout)
+            self._spawn(self._run(peer))
+        return peer
+
+    async def _run(self, peer: "_Peer") -> None:
+        try:
+            await peer.run()
+        finally:
+            if self._peers.get(peer.address) is peer:
+                del self._peers[peer.address]
+
+    def _spawn(self, coroutine) -> None:
+        task = asyncio.ensure_future(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    @property
+    def num_peers(self) -> int:
+        """Connections open now."""
+        return len(self._peers)
+
+    @property
+    def num_transfers(self) -> int:
+        """Transfers under way."""
+        return sum(len(peer.sinks) for peer in self._peers.values())
+
+
+class _Peer:
+    """One connection and the sinks of the transfers that come over it."""
+
+    def __init__(self, address: Address, identity: Identity, timeout_seconds: float):
+        self.address = address
+        self.sinks: dict[str, Sink] = {}
+        self.lost = False
+        self._identity = identity
+        self._timeout = timeout_seconds
+        self._heard = time.monotonic()
+        self._connection: asyncio.Future[Connection] = asyncio.get_running_loop().create_future()
+        self._name = f"{address[0]}:{address[1]}"
+
+    def add(self, sink: Sink) -> None:
+        if not self.sinks:
+            self._heard = time.monotonic()
+        self.sinks[sink.transfer_id] = sink
+
+    def fail(self, sink: Sink, cause: str) -> None:
+        if self.sinks.pop(sink.transfer_id, None) is not None:
+            sink.failed(cause)
+
+    async def send(self, message: protocol.Message) -> None:
+        connection = await asyncio.shield(self._connection)
+        await connection.send(message)
+
+    async def run(self) -> None:
+        """Connect, receive until the connection ends, then fail what is left."""
+        cause = f"connection to {self._name} closed"
+        connection = None
+        watchdog = asyncio.ensure_future(self._watch())
+        try:
+            connection = await connect(self.address, self._identity)
+            self._connection.set_result(connection)
+            while True:
+                message = await connection.receive()
+                self._heard = time.monotonic()
+                if isinstance(message, protocol.Frame):
+                    await self._receive_frame(connection, message)
+                elif isinstance(message, protocol.Failure):
+                    if sink := self.sinks.get(message.transfer_id):
+                        self.fail(sink, f"{self._name}: {message.cause}")
+                else:
+                    raise ProtocolError(f"unexpected {type(message).__name__}")
+        except (LynxError, ConnectionError) as error:
+            cause = str(error)
+        finally:
+            self.lost = True
+            watchdog.cancel()
+            if not self._connection.done():
+                self._connection.set_exception(TransferError(cause))
+                self._connection.exception()  # retrieved: nobody may be waiting
+            for sink in list(self.sinks.values()):
+                self.fail(sink, cause)
+            if connection is not None:
+                await connection.close()
+
+    async def _receive_frame(self, connection: Connection, frame: protocol.Frame) -> None:
+        sink = self.sinks.get(frame.transfer_id)
+        buffer = None
+        if sink is not None:
+            try:
+                buffer = sink.buffer(frame)
+            except TransferError as error:
+                self._give_up(connection, sink, f"{self._name}: {error}")
+        if buffer is None:  # cancelled or refused: the bytes are on their way all the same
+            await connection.receive_payload(frame, np.empty(frame.num_bytes, np.uint8))
+            return
+        assert sink is not None
+        await connection.receive_payload(frame, buffer)
+        if checksum(buffer) != frame.checksum:
+            self._give_up(
+                connection,
+                sink,
+                f"{self._name}: corrupt {protocol.tier_name(frame.tier)} frame at token "
+                f"{frame.first_token} (checksum differs)",
+            )
+        elif sink.landed(frame):
+            self.sinks.pop(frame.transfer_id, None)
+
+    def _give_up(self, connection: Connection, sink: Sink, cause: str) -> None:
+        self.fail(sink, cause)
+        release = protocol.Release(sink.transfer_id, cause[: protocol.MAX_CAUSE])
+        task = asyncio.ensure_future(connection.send(release))
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())
+
+    async def _watch(self) -> None:
+        """A producer that is silent while transfers are open has hung, or its host is gone."""
+        while True:
+            await asyncio.sleep(min(1.0, self._timeout / 4))
+            if self.sinks and time.monotonic() - self._heard > self._timeout:
+                for sink in list(self.sinks.values()):
+                    self.fail(sink, f"{self._name}: silent for {self._timeout:g} s")

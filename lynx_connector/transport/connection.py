@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Messages and payloads over one UCX endpoint."""
+
+import asyncio
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from lynx_connector import protocol
+from lynx_connector.errors import ProtocolError
+
+CLOSE_NANOSECONDS = 2 * 10**9
+
+
+def checksum(payload: Any) -> int:
+    """xxh3-64 of a payload."""
+    return xxhash.xxh3_64_intdigest(payload)
+
+
+class Connection:
+    """Ordered control slots, each `Frame` followed by its payload.
+
+    Sends are posted in call order: slot and payload become two adjacent tag messages, and UCX keeps
+    messages of one tag between two peers in order.
+    """
+
+    def __init__(self, endpoint: Any, peer: str):
+        self._endpoint = endpoint
+        self.peer = peer
+        self._slot = np.empty(protocol.SLOT_BYTES, np.uint8)
+
+    async def send(self, message: protocol.Message, payload: np.ndarray | None = None) -> None:
+        """Send one message; returns when UCX has taken (or delivered) the bytes.
+
+        Raises:
+            ConnectionError: if the peer is gone.
+        """
+        parts = [protocol.encode(message)] if payload is None else [
+            protocol.encode(message),
+            payload,
+        ]
+        # Tasks start in creation order, which fixes the order on the wire.
+        posts = [asyncio.ensure_future(self._endpoint.send(part)) for part in parts]
+        try:
+            await asyncio.gather(*posts)
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:
+            raise ConnectionError(f"connection to {self.peer} lost: {error}") from None
+
+    async def receive(self) -> protocol.AnyMessage:
+        """The next control message.
+
+        Raises:
+            ConnectionError: if the peer is gone.
+            ProtocolError: if it is not a valid message.
+        """
+        await self._receive_into(self._slot)
+        return protocol.decode(memoryview(self._slot))
+
+    async def receive_payload(self, frame: protocol.Frame, buffer: np.ndarray) -> None:
+        """Receive the payload announced by `frame` straight into `buffer` (uint8, exact size)."""
+        if buffer.nbytes != frame.num_bytes:
+            raise ProtocolError(
+                f"frame announces {frame.num_bytes} bytes for a buffer of {buffer.nbytes}"
+            )
+        await self._receive_into(buffer)
+
+    async def _receive_into(self, buffer: np.ndarray) -> None:
+        try:
+            await self._endpoint.recv(buffer)
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:
+            raise ConnectionError(f"connection to {self.peer} lost: {error}") from None
+
+    @property
+    def alive(self) -> bool:
+        """Whether UCX still believes in the peer."""
+        return not self._endpoint.closed
+
+    async def close(self) -> None:
+        """Close the endpoint; what is under way ends with an error on both sides."""
+        try:
+            await self._endpoint.close(period=CLOSE_NANOSECONDS)
+        except Exception:  # noqa: S110 - UCX reports a peer that closed first as an error
+            pass

@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The producer's end: serves staged tiers to every consumer that passes the handshake."""
+
+import asyncio
+import itertools
+import logging
+from collections.abc import Callable
+
+from lynx_connector import protocol
+from lynx_connector.codec import Tier
+from lynx_connector.errors import ProtocolError, TransferError
+from lynx_connector.events import EventLog
+from lynx_connector.producer.staging import StagedTransfer, StagingStore
+from lynx_connector.transfer import Piece, TokenRange
+from lynx_connector.transport.connection import Connection, checksum
+from lynx_connector.transport.handshake import Identity, welcome
+from lynx_connector.transport.pacing import RateLimiter
+
+logger = logging.getLogger("vllm.lynx.server")
+
+FRAMES_IN_FLIGHT = 2
+
+
+class TierServer:
+    """One listener; per connection one reader and one sender that sends in tier order."""
+
+    def __init__(
+        self,
+        store: StagingStore,
+        identity: Identity,
+        events: EventLog,
+        frame_bytes: int,
+        link_mbit: float,
+    ):
+        self._store = store
+        self._identity = identity
+        self._events = events
+        self._frame_bytes = frame_bytes
+        self._limiter = RateLimiter(link_mbit)
+        self._sessions: set[_Session] = set()
+        self.port = 0
+
+    async def start(self, port: int) -> None:
+        """Listen on `port` (0: any free one) and expire leases.
+
+        Raises:
+            TransferError: if the port is taken.
+        """
+        import ucxx
+
+        try:
+            self._listener = ucxx.create_listener(self._serve, port=port)
+        except Exception as error:
+            raise TransferError(
+                f"cannot listen on UCX port {port}: {error}; choose another listen_port"
+            ) from None
+        self.port = self._listener.port
+        self._expiry = asyncio.ensure_future(self._expire_leases())
+
+    async def _expire_leases(self) -> None:
+        while True:
+            await asyncio.sleep(1.0)
+            for session in self._sessions:
+                session.renew_leases()
+            for transfer in self._store.expire():
+                logger.warning(
+                    "lynx: lease of transfer %s (request %s) expired, %d bytes of staging freed",
+                    transfer.transfer_id,
+                    transfer.request_id,
+                    transfer.num_bytes,
+                )
+
+    async def _serve(self, endpoint: object) -> None:
+        connection = Connection(endpoint, "consumer (before handshake)")
+        try:
+            hello = await welcome(connection, self._identity)
+        except (ProtocolError, ConnectionError, TimeoutError) as error:
+            logger.warning("lynx: refused a consumer: %s", error or "handshake timed out")
+            await connection.close()
+            return
+        connection.peer = hello.peer
+        session = _Session(self, connection)
+        self._sessions.add(session)
+        logger.info("lynx: consumer %s connected", connection.peer)
+        try:
+            await session.run()
+        finally:
+            self._sessions.discard(session)
+            await connection.close()
+
+    def notify(self) -> None:
+        """New rows were encoded: wake the senders that wait for them."""
+        for session in self._sessions:
+            session.wake.set()
+
+    @property
+    def num_sessions(self) -> int:
+        """Consumers connected now."""
+        return len(self._sessions)
+
+    async def stop(self) -> None:
+        """Stop listening; sessions end with the loop."""
+        self._expiry.cancel()
+        self._listener.close()
+
+
+class _Stream:
+    """What is left to send of one tier of one transfer."""
+
+    def __init__(self, transfer: StagedTransfer, tier: Tier, frames: list, order: int):
+        self.transfer = transfer
+        self.tier = tier
+        self.frames: list[tuple[Piece, TokenRange]] = frames
+        self.order = order
+        self.sent_bytes = 0
+
+    @property
+    def ready(self) -> bool:
+        """Whether the next frame's rows are encoded (or will never be)."""
+        return self.transfer.dropped or self.frames[0][1].end <= self.transfer.encoded
+
+
+class _Session:
+    """One consumer's connection."""
+
+    def __init__(self, server: TierServer, connection: Connection):
+        self._server = server
+        self._connection = connection
+        self._streams: list[_Stream] = []
+        self._order = itertools.count()
+        self.wake = asyncio.Event()
+
+    async def run(self) -> None:
+        sender = asyncio.ensure_future(self._send_frames())
+        try:
+            while True:
+                message = await self._connection.receive()
+                if isinstance(message, protocol.Fetch):
+                    await self._fetch(message)
+                elif isinstance(message, protocol.Release):
+                    self._release(message)
+                else:
+                    raise ProtocolError(f"unexpected {type(message).__name__}")
+        except ConnectionError as error:
+            logger.info("lynx: %s", error)
+        except ProtocolError as error:
+            logger.warning("lynx: consumer %s: %s", self._connection.peer, error)
+        finally:
+            sender.cancel()
+
+    async def _fetch(self, fetch: protocol.Fetch) -> None:
+        try:
+            transfer = self._server._store.lookup(fetch.transfer_id)
+            if fetch.num_tokens != transfer.num_tokens or fetch.first_token >= fetch.num_tokens:
+                raise TransferError(
+                    f"asked for tokens {fetch.first_token} to {fetch.num_tokens} of a transfer "
+                    f"with {transfer.num_tokens}"
+                )
+        except TransferError as error:
+            logger.warning(
+                "lynx: consumer %s asked for transfer %s: %s",
+                self._connection.peer,
+                fetch.transfer_id,
+                error,
+            )
+            await self._connection.send(protocol.Failure(fetch.transfer_id, str(error)))
+            return
+        transfer.touch()
+        self._server._events(
+            "fetch",
+            transfer.request_id,
+            transfer.transfer_id,
+            peer=self._connection.peer,
+            first_token=fetch.first_token,
+        )
+        order = next(self._order)
+        for tier in transfer.buffers.tiers:
+            frames = transfer.buffers.frames(tier, fetch.first_token, self._server._frame_bytes)
+            stream = _Stream(transfer, tier, list(frames), order)
+            if stream.frames:
+                self._streams.append(stream)
+        self.wake.set()
+
+    def _release(self, release: protocol.Release) -> None:
+        self._streams = [
+            stream
+            for stream in self._streams
+            if stream.transfer.transfer_id != release.transfer_id
+        ]
+        self._server._store.drop(release.transfer_id, release.cause)
+
+    def renew_leases(self) -> None:
+        """A transfer that waits for its turn on the link is in contact."""
+        for stream in self._streams:
+            stream.transfer.touch()
+
+    async def _abandon(self, transfer: StagedTransfer) -> None:
+        """The producer dropped a transfer that this consumer is reading: tell it."""
+        self._streams = [stream for stream in self._streams if stream.transfer is not transfer]
+        try:
+            self._server._store.lookup(transfer.transfer_id)
+        except TransferError as error:
+            await self._connection.send(protocol.Failure(transfer.transfer_id, str(error)))
+
+    async def _send_frames(self) -> None:
+        window = asyncio.Semaphore(FRAMES_IN_FLIGHT)
+        while True:
+            stream = min(
+                (stream for stream in self._streams if stream.ready),
+                key=lambda stream: (stream.tier, stream.order),
+                default=None,
+            )
+            if stream is None:
+                self.wake.clear()
+                await self.wake.wait()
+                continue
+            piece, tokens = stream.frames.pop(0)
+            if not stream.frames:
+                self._streams.remove(stream)
+            await window.acquire()
+            rows = piece.view(stream.tier, tokens).reshape(-1)
+            await self._server._limiter.acquire(rows.nbytes)
+            if stream.transfer.dropped:
+                window.release()
+                await self._abandon(stream.transfer)
+                continue
+            stream.transfer.touch()
+            stream.sent_bytes += rows.nbytes
+            frame = protocol.Frame(
+                stream.transfer.transfer_id,
+                int(stream.tier),
+                piece.codec.name,
+                tokens.start,
+                len(tokens),
+                rows.nbytes,
+                checksum(rows),
+            )
+            send = asyncio.ensure_future(self._connection.send(frame, rows))
+            send.add_done_callback(_sent(window, stream, self._server._events))
+
+
+def _sent(
+    window: asyncio.Semaphore, stream: _Stream, events: EventLog
+) -> Callable[[asyncio.Future], None]:
+    def done(future: asyncio.Future) -> None:
+        window.release()
+        # A lost connection is reported by the reader; here it only must not go unretrieved.
+        if not future.cancelled() and future.exception() is None and not stream.frames:
+            events(
+                "tier_sent",
+                stream.transfer.request_id,
+                stream.transfer.transfer_id,
+                tier=stream.tier.name.lower(),
+                bytes=stream.sent_bytes,
+            )
+
+    return done

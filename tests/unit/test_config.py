@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every wrong key is refused with its name, its value and what is accepted."""
+
+import pytest
+
+from lynx_connector.codec import CODECS
+from lynx_connector.config import CODEC_NAMES, LynxConfig, StartMode
+from lynx_connector.errors import ConfigError
+
+
+def test_defaults_are_valid():
+    config = LynxConfig.from_extra_config({})
+    assert (config.codec, config.start, config.draft_limit) == ("hadamard", StartMode.AUTO, 64)
+    assert config.secret() is None
+
+
+def test_configured_codecs_are_the_registered_ones():
+    assert set(CODEC_NAMES) == set(CODECS)
+
+
+@pytest.mark.parametrize("size", ["4MiB", 4 << 20])
+def test_sizes_take_units(size):
+    assert LynxConfig.from_extra_config({"frame_bytes": size}).frame_bytes == 4 << 20
+
+
+@pytest.mark.parametrize(
+    ("extra", "parts"),
+    [
+        ({"draft_limt": 3}, ["draft_limt = 3", "unknown key", "'draft_limit'"]),
+        ({"zzz": 1}, ["zzz = 1", "known keys", "codec"]),
+        ({"draft_limit": 0}, ["draft_limit = 0", "greater than or equal to 1"]),
+        ({"draft_limit": "many"}, ["draft_limit = 'many'", "integer"]),
+        ({"codec": "zip"}, ["codec = 'zip'", "hadamard"]),
+        ({"start": "soon"}, ["start = 'soon'", "'speculative'"]),
+        ({"listen_port": 70000}, ["listen_port = 70000", "65000"]),
+        ({"frame_bytes": "1B"}, ["frame_bytes = '1B'", "64KiB"]),
+        ({"staging_bytes": 5}, ["staging_bytes = 5", "1MiB"]),
+        ({"lease_seconds": -1}, ["lease_seconds = -1", "greater than 0"]),
+        ({"secret_file": "/nonexistent/secret"}, ["secret_file", "No such file"]),
+    ],
+)
+def test_wrong_values_name_key_value_and_remedy(extra, parts):
+    with pytest.raises(ConfigError) as error:
+        LynxConfig.from_extra_config(extra)
+    for part in parts:
+        assert part in str(error.value)
+
+
+def test_all_wrong_keys_are_named_at_once():
+    with pytest.raises(ConfigError) as error:
+        LynxConfig.from_extra_config({"draft_limit": 0, "nope": 1})
+    assert "draft_limit" in str(error.value)
+    assert "nope" in str(error.value)
+
+
+def test_short_secret_is_refused(tmp_path):
+    secret = tmp_path / "secret"
+    secret.write_text("short")
+    with pytest.raises(ConfigError, match="16 bytes"):
+        LynxConfig.from_extra_config({"secret_file": str(secret)})
+    secret.write_text("x" * 32 + "\n")
+    assert LynxConfig.from_extra_config({"secret_file": str(secret)}).secret() == b"x" * 32

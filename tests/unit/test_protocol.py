@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Round trips of every message, and refusal of everything that is not one."""
+
+import struct
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lynx_connector import protocol
+from lynx_connector.errors import ProtocolError
+
+MESSAGES = [
+    protocol.Hello(1, "0.1.0", "c" * 32, "engine/0", b"n" * 32),
+    protocol.Welcome(1, "0.1.0", "c" * 32, "engine/0", b"n" * 32, b"p" * 32),
+    protocol.Proof(b""),
+    protocol.Ready(),
+    protocol.Refused("why"),
+    protocol.Fetch("id", 0, 4096),
+    protocol.Release("id", "done"),
+    protocol.Failure("id", "unknown transfer"),
+    protocol.Frame("id", 1, "hadamard", 1, 128, 4096, 2**64 - 1),
+]
+
+
+@pytest.mark.parametrize("message", MESSAGES, ids=lambda m: type(m).__name__)
+def test_round_trip(message):
+    slot = protocol.encode(message)
+    assert len(slot) == protocol.SLOT_BYTES
+    assert protocol.decode(slot) == message
+
+
+def test_every_message_is_covered():
+    assert {type(m) for m in MESSAGES} == set(protocol.AnyMessage.__args__)
+
+
+@given(st.binary(max_size=protocol.SLOT_BYTES))
+def test_noise_is_refused(noise):
+    slot = noise.ljust(protocol.SLOT_BYTES, b"\0")
+    if not slot.startswith(b"LYNX"):
+        with pytest.raises(ProtocolError):
+            protocol.decode(slot)
+
+
+@given(st.binary(max_size=900), st.integers(0, 2**32 - 1))
+def test_noise_behind_a_valid_prefix_never_escapes_as_another_error(noise, length):
+    slot = (struct.pack("<4sI", b"LYNX", length) + noise).ljust(protocol.SLOT_BYTES, b"\0")
+    try:
+        assert isinstance(protocol.decode(slot), protocol.Message)
+    except ProtocolError:
+        pass
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tier": 3},
+        {"num_tokens": 0},
+        {"num_bytes": 2**31},
+        {"first_token": -1},
+        {"transfer_id": ""},
+        {"extra": 1},
+        {"codec": "x" * 200},
+    ],
+)
+def test_out_of_range_frames_are_refused(fields):
+    good = {
+        "type": "Frame",
+        "transfer_id": "id",
+        "tier": 0,
+        "codec": "bf16",
+        "first_token": 0,
+        "num_tokens": 1,
+        "num_bytes": 2,
+        "checksum": 0,
+    }
+    body = msgspec.msgpack.encode(good | fields)
+    slot = (struct.pack("<4sI", b"LYNX", len(body)) + body).ljust(protocol.SLOT_BYTES, b"\0")
+    with pytest.raises(ProtocolError, match="malformed"):
+        protocol.decode(slot)
+
+
+def test_oversized_message_is_not_sent():
+    with pytest.raises(ProtocolError, match="exceeds a slot"):
+        protocol.encode(protocol.Refused("x" * 2000))
+
+
+def handoff(**changes):
+    lynx = {
+        "version": 1,
+        "num_tokens": 10,
+        "codec": "hadamard",
+        "exact_first": 1,
+        "exact_last": 16,
+        "ports": [1234],
+    }
+    lynx |= changes.pop("lynx", {})
+    return {
+        "do_remote_prefill": True,
+        "do_remote_decode": False,
+        "remote_engine_id": "e",
+        "remote_block_ids": [],
+        "remote_request_id": "t",
+        "remote_host": "10.0.0.1",
+        "remote_port": 1234,
+        "tp_size": 1,
+        "lynx": lynx,
+    } | changes
+
+
+def test_handoff_survives_a_router_that_overwrites_the_host():
+    parsed = protocol.parse_handoff(handoff(remote_host="prefill.example", added_by_router=1))
+    assert parsed.address(0) == ("prefill.example", 1234)
+    assert parsed.transfer_id == "t"
+
+
+@pytest.mark.parametrize(
+    ("params", "cause"),
+    [
+        ({"do_remote_prefill": True}, "no key 'lynx'"),
+        (handoff(remote_host=None), "remote_host"),
+        (handoff(remote_request_id=5), "remote_request_id"),
+        (handoff(lynx={"ports": []}), "ports"),
+        (handoff(lynx={"num_tokens": "ten"}), "num_tokens"),
+        (handoff(lynx={"version": 99}), "protocol 99"),
+        (handoff() | {"lynx": "yes"}, "lynx"),
+    ],
+)
+def test_malformed_handoffs_name_the_field(params, cause):
+    with pytest.raises(ProtocolError, match=cause):
+        protocol.parse_handoff(params)
