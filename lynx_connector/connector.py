@@ -155,15 +155,26 @@ class LynxConnector(KVConnectorBase_V1):
     def register_kv_caches(self, kv_caches: dict[str, "torch.Tensor"]) -> None:
         from vllm.distributed import get_tensor_model_parallel_rank
 
+        from lynx_connector.codec import KVGeometry
         from lynx_connector.consumer.worker import ConsumerWorker
-        from lynx_connector.kv_layout import open_cache
+        from lynx_connector.kv_layout import build_paged_cache
         from lynx_connector.producer.worker import ProducerWorker
         from lynx_connector.transport.handshake import Identity
         from lynx_connector.transport.loop import TransportLoop
 
         config, vllm_config = self._config, self._vllm_config
         transfer = vllm_config.kv_transfer_config
-        geometry, cache = open_cache(vllm_config, self._kv_cache_config, kv_caches)
+        spec = self._kv_cache_config.kv_cache_groups[0].kv_cache_spec
+        cache = build_paged_cache(
+            kv_caches,
+            block_size=spec.block_size,
+            num_kv_heads=spec.num_kv_heads,
+            head_dim=spec.head_size,
+            dtype=spec.dtype,
+        )
+        geometry = KVGeometry(
+            len(kv_caches), spec.num_kv_heads, spec.head_size, str(spec.dtype).rsplit(".")[-1]
+        )
         rank = get_tensor_model_parallel_rank()
         identity = Identity(
             compat.compatibility_hash(vllm_config, config, dataclasses.asdict(geometry)),

@@ -24,11 +24,12 @@ from lynx_connector.scheduler.verifier import Verifier
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
+    from vllm.v1.core.sched.scheduler import Scheduler as _Base
     from vllm.v1.engine import EngineCoreOutputs
     from vllm.v1.outputs import ModelRunnerOutput
     from vllm.v1.request import Request
 
-    _Base = Scheduler
+    from lynx_connector.scheduler.port import SpeculationPort
 else:
     _Base = object
 
@@ -36,20 +37,22 @@ logger = init_logger(__name__)
 
 
 class SpeculativeStartMixin(_Base):
-    """Overrides of `Scheduler` that draft, verify and fall back; see `states` for the life cycle."""
+    """Overrides of `Scheduler`: draft, verify, fall back. `states` shows a request's life."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._asynchronous = isinstance(self, AsyncScheduler)
         startup.check_mode(self.vllm_config, asynchronous=self._asynchronous)
-        self._port = startup.find_port(self)
+        port = startup.find_port(self)
+        self._speculates = port is not None
         self._drafting: dict[str, Drafting] = {}
         self._restoring: set[str] = set()  # requests whose drafts the runner still takes for output
-        if self._port is None:
+        if port is None:
             return
+        self._port: SpeculationPort = port
         startup.check_supported(self.vllm_config, self.kv_cache_config)
-        reserved = hooks.reserve_slots(self, self._port.verify_rows)
-        self._verifier = Verifier(self, self._port.verify_rows, reserved)
+        reserved = hooks.reserve_slots(self, port.verify_rows)
+        self._verifier = Verifier(self, port.verify_rows, reserved)
         # V1's asynchronous runner rebuilds a request that sat out a step by itself (R1:1436).
         self._runner_restores = (
             self.scheduler_config.async_scheduling and not self.use_v2_model_runner
@@ -60,7 +63,7 @@ class SpeculativeStartMixin(_Base):
         logger.info(
             "Speculative start: up to %d drafts per request; %d of %d request slots are kept for "
             "verification.",
-            self._port.draft_limit,
+            port.draft_limit,
             reserved,
             self.max_num_running_reqs,
         )
@@ -68,7 +71,7 @@ class SpeculativeStartMixin(_Base):
     # ---- schedule --------------------------------------------------------------------------------
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
-        if self._port is None:
+        if not self._speculates:
             return super().schedule(throttle_prefills)
         for request_id, drafting in list(self._drafting.items()):
             self._advance(self.requests[request_id], drafting)
@@ -84,7 +87,7 @@ class SpeculativeStartMixin(_Base):
 
     def get_grammar_bitmask(self, scheduler_output: SchedulerOutput) -> GrammarOutput | None:
         result = super().get_grammar_bitmask(scheduler_output)
-        return result if self._port is None else self._verifier.add_masks(result, scheduler_output)
+        return self._verifier.add_masks(result, scheduler_output) if self._speculates else result
 
     def _start_drafting(self, request: Request) -> None:
         params = request.sampling_params
@@ -145,7 +148,7 @@ class SpeculativeStartMixin(_Base):
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
-        if self._port is None:
+        if not self._speculates:
             return super().update_from_output(scheduler_output, model_runner_output)
         done = self._verifier.collect(scheduler_output, model_runner_output)
         for one in done:
@@ -249,7 +252,7 @@ class SpeculativeStartMixin(_Base):
     def _preempt_request(
         self, request: Request, timestamp: float, drop_stale_output: bool = False
     ) -> None:
-        if self._port is not None:
+        if self._speculates:
             drop_stale_output |= self._abandon(request)
         super()._preempt_request(request, timestamp, drop_stale_output)
 
@@ -269,7 +272,7 @@ class SpeculativeStartMixin(_Base):
         return drafting is not None or verifying is not None
 
     def _free_request(self, request: Request, delay_free_blocks: bool = False) -> Any:
-        if self._port is not None:
+        if self._speculates:
             self._drafting.pop(request.request_id, None)
             self._verifier.drop(request.request_id)
             self._restoring.discard(request.request_id)

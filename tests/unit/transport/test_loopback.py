@@ -1,0 +1,297 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Server and client over real UCX on loopback, both in one transport loop, on real tiers."""
+
+import time
+
+import numpy as np
+import pytest
+import torch
+from lynx_kernels.paged import PagedKVCache, PageIndex
+
+from lynx_connector.codec import KVGeometry, Tier, get_codec
+from lynx_connector.consumer.inbound import InboundTransfer
+from lynx_connector.events import EventLog
+from lynx_connector.metadata import LoadRequest
+from lynx_connector.producer.staging import StagedTransfer, StagingStore
+from lynx_connector.transfer import TierBuffers, TokenRange, plan_pieces
+from lynx_connector.transport.client import TierClient
+from lynx_connector.transport.handshake import Identity
+from lynx_connector.transport.loop import TransportLoop
+from lynx_connector.transport.server import TierServer
+
+GEOMETRY = KVGeometry(2, 2, 64, "float32")
+TOKENS = 100
+NO_EVENTS = EventLog(None, "test")
+
+
+@pytest.fixture(scope="module")
+def loop():
+    loop = TransportLoop("tcp,self")
+    loop.start()
+    yield loop
+    loop.stop()
+
+
+class Pair:
+    """A producer's store and server, a consumer's client, and one transfer between them."""
+
+    def __init__(self, loop, consumer=None, lease=60.0, limit=1 << 30, link_mbit=0.0):
+        self.loop = loop
+        identity = Identity("compat", "engine/0")
+        self.store = StagingStore(limit, lease, NO_EVENTS)
+        self.server = TierServer(self.store, identity, NO_EVENTS, 4096, link_mbit)
+        loop.run(self.server.start(0))
+        self.client = TierClient(consumer or identity, 3.0)
+        self.codec, self.exact = get_codec("hadamard", GEOMETRY), get_codec("bf16", GEOMETRY)
+
+    def pieces(self, first=0):
+        return plan_pieces(TOKENS, first, 1, 16, self.codec, self.exact)
+
+    def stage(self, name="t", encoded=TOKENS):
+        transfer = StagedTransfer(name, "request", TOKENS, TierBuffers(self.pieces()))
+        if self.store.open(transfer):
+            rng = np.random.default_rng(len(name))
+            for piece in transfer.buffers.pieces:
+                for rows in piece.rows.values():
+                    rows[:] = rng.integers(0, 255, rows.shape, np.uint8)
+            transfer.encoded = encoded
+        return transfer
+
+    def fetch(self, name="t", first=0, port=None):
+        buffers = TierBuffers(self.pieces(first))
+        buffers.allocate()
+        load = LoadRequest("r", name, "127.0.0.1", [], "hadamard", 1, 16, TOKENS, first, [], True)
+        inbound = InboundTransfer(load, buffers, np.arange(TOKENS - first))
+        address = ("127.0.0.1", port or self.server.port)
+        self.loop.post(self.client.fetch, address, inbound, first, TOKENS)
+        return inbound
+
+    def close(self):
+        self.loop.run(self.server.stop())
+
+
+@pytest.fixture
+def pair(loop):
+    pair = Pair(loop)
+    yield pair
+    pair.close()
+
+
+def until(condition, seconds=10.0):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "timed out"
+        time.sleep(0.01)
+
+
+def drain(inbound):
+    rows = []
+    while landed := inbound.take_landed():
+        inbound.mark_written(landed)
+        rows.append(landed)
+    return rows
+
+
+def receive(inbound):
+    rows = []
+
+    def done():
+        rows.extend(drain(inbound))
+        return inbound.refined or inbound.failure
+
+    until(done)
+    return rows
+
+
+@pytest.mark.parametrize("first", [0, 1, 50, 84, 90, 99])
+def test_every_row_arrives_unchanged_in_tier_order(pair, first):
+    staged = pair.stage()
+    inbound = pair.fetch(first=first)
+    rows = receive(inbound)
+    assert inbound.failure is None
+    assert [r.tier for r in rows] == sorted(r.tier for r in rows)
+    for piece in inbound.buffers.pieces:
+        for tier, got in piece.rows.items():
+            for source, tokens in staged.buffers.overlapping(piece.tokens):
+                assert np.array_equal(got, source.view(tier, tokens))
+    assert sum(inbound.wire_bytes.values()) == inbound.buffers.num_bytes
+
+
+def test_many_transfers_at_once_share_one_connection(pair):
+    names = [f"transfer-{i}" for i in range(8)]
+    for name in names:
+        pair.stage(name)
+    for inbound in [pair.fetch(name) for name in names]:
+        receive(inbound)
+        assert inbound.refined
+    assert pair.client.num_peers == 1
+    assert pair.client.num_transfers == 0
+
+
+def test_rows_are_sent_as_they_are_encoded(pair):
+    staged = pair.stage(encoded=40)
+    inbound = pair.fetch()
+    until(lambda: drain(inbound) or inbound.written[Tier.ANCHOR] > 20)
+    assert not inbound.anchored
+    assert inbound.written[Tier.ANCHOR] <= 40
+    staged.encoded = TOKENS
+    pair.loop.post(pair.server.notify)
+    receive(inbound)
+    assert inbound.refined
+
+
+def test_unknown_transfer_is_refused(pair):
+    inbound = pair.fetch("nobody")
+    until(lambda: inbound.failure)
+    assert "unknown transfer" in inbound.failure
+
+
+def test_full_staging_tells_the_consumer(loop):
+    pair = Pair(loop, limit=1000)
+    assert pair.stage().dropped
+    inbound = pair.fetch()
+    until(lambda: inbound.failure)
+    assert "staging is full" in inbound.failure
+    assert pair.store.used_bytes == 0
+    pair.close()
+
+
+def test_expired_lease_tells_the_consumer_and_frees_the_staging(loop):
+    pair = Pair(loop, lease=0.2)
+    pair.stage()
+    until(lambda: len(pair.store) == 0)
+    inbound = pair.fetch()
+    until(lambda: inbound.failure)
+    assert "lease_seconds" in inbound.failure
+    assert pair.store.used_bytes == 0
+    pair.close()
+
+
+def test_release_stops_the_transfer_and_frees_the_staging(loop):
+    pair = Pair(loop, link_mbit=0.5)
+    pair.stage()
+    inbound = pair.fetch()
+    until(lambda: drain(inbound))
+    address = ("127.0.0.1", pair.server.port)
+    pair.loop.post(pair.client.release, address, "t", "cancelled")
+    until(lambda: pair.store.used_bytes == 0)
+    seen = sum(inbound.written.values())
+    time.sleep(0.3)
+    drain(inbound)
+    assert sum(inbound.written.values()) == seen
+    assert pair.client.num_transfers == 0
+    pair.close()
+
+
+def test_producer_that_drops_a_transfer_between_frames_says_so(loop):
+    pair = Pair(loop, link_mbit=0.5)
+    pair.stage()
+    inbound = pair.fetch()
+    until(lambda: drain(inbound))
+    pair.store.drop("t", "prefill died")
+    until(lambda: inbound.failure)
+    assert "prefill died" in inbound.failure
+    pair.close()
+
+
+def test_nobody_listens(pair):
+    inbound = pair.fetch(port=1)
+    until(lambda: inbound.failure, 20)
+    assert "127.0.0.1:1" in inbound.failure
+
+
+@pytest.mark.parametrize(
+    ("consumer", "cause"),
+    [
+        (Identity("other model", "e/0"), "another model"),
+        (Identity("compat", "e/0", b"s" * 32), "no shared secret"),
+    ],
+)
+def test_wrong_peers_are_refused_by_name(loop, consumer, cause):
+    pair = Pair(loop, consumer=consumer)
+    pair.stage()
+    inbound = pair.fetch()
+    until(lambda: inbound.failure)
+    assert cause in inbound.failure
+    assert pair.server.num_sessions == 0
+    pair.close()
+
+
+@pytest.mark.parametrize(
+    ("producer", "consumer", "cause"),
+    [
+        (b"a" * 32, b"a" * 32, None),
+        (b"a" * 32, b"b" * 32, "another shared secret"),
+        (b"a" * 32, None, "shared secret"),
+    ],
+)
+def test_secrets(loop, producer, consumer, cause):
+    pair = Pair(loop, consumer=Identity("compat", "e/0", consumer))
+    pair.server._identity = Identity("compat", "p/0", producer)
+    pair.stage()
+    inbound = pair.fetch()
+    until(lambda: inbound.refined or inbound.failure or not drain(inbound) and inbound.refined)
+    assert (inbound.failure is None) if cause is None else (cause in inbound.failure)
+    pair.close()
+
+
+def test_corrupt_frame_is_caught(pair, monkeypatch):
+    from lynx_connector.transport import server
+
+    monkeypatch.setattr(server, "checksum", lambda payload: 7)
+    pair.stage()
+    inbound = pair.fetch()
+    until(lambda: inbound.failure)
+    assert "corrupt anchor frame at token 0" in inbound.failure
+    until(lambda: pair.store.used_bytes == 0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"first_token": 3}, {"codec": "int8"}, {"num_bytes": 10}, {"num_tokens": 50}, {"tier": 2}],
+)
+def test_frames_that_do_not_fit_are_refused(pair, change):
+    from lynx_connector import protocol
+    from lynx_connector.errors import TransferError
+
+    buffers = TierBuffers(pair.pieces())
+    buffers.allocate()
+    load = LoadRequest("r", "t", "h", [], "hadamard", 1, 16, TOKENS, 0, [], True)
+    inbound = InboundTransfer(load, buffers, np.arange(TOKENS))
+    good = {
+        "transfer_id": "t",
+        "tier": 0,
+        "codec": "bf16",
+        "first_token": 0,
+        "num_tokens": 1,
+        "num_bytes": pair.exact.bytes_per_token(Tier.ANCHOR),
+        "checksum": 0,
+    }
+    assert inbound.buffer(protocol.Frame(**good)).nbytes == good["num_bytes"]
+    with pytest.raises(TransferError):
+        inbound.buffer(protocol.Frame(**good | change))
+
+
+def test_decoded_cache_equals_a_local_round_trip(pair):
+    """Encode here, send, decode there: the same as encode and decode in one place."""
+    index = PageIndex.rows(16, 64, 128)
+
+    def cache(seed):
+        torch.manual_seed(seed)
+        layers = {f"l{i}": torch.randn(8, 2, 16, 128) for i in range(2)}
+        return PagedKVCache(layers, 16, 2, 64, index)
+
+    source, target, local = cache(1), cache(2), cache(2)
+    slots = np.arange(TOKENS, dtype=np.int64)
+    staged = pair.stage()
+    for piece, tokens in staged.buffers.overlapping(TokenRange(0, TOKENS)):
+        piece.codec.encode(source, slots[tokens.start : tokens.end], piece.rows)
+        rows = [piece.rows[tier] for tier in piece.codec.tiers]
+        piece.codec.decode(rows, local, slots[tokens.start : tokens.end])
+    inbound = pair.fetch()
+    receive(inbound)
+    for piece in inbound.buffers.pieces:
+        rows = [piece.rows[tier] for tier in piece.codec.tiers]
+        piece.codec.decode(rows, target, inbound.slots_for(piece.tokens))
+    for layer in range(2):
+        assert torch.equal(target.gather(layer, slots), local.gather(layer, slots))
