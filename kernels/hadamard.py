@@ -25,9 +25,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-
 from lynx_kernels.anchor_code import GRID, AnchorCode, anchor_code
+from numpy.typing import NDArray
 
 MIN_TRANSFORM = 8
 STEPS_PER_OCTAVE = 8

@@ -12,30 +12,28 @@ from collections.abc import Callable
 
 import numba
 import numpy as np
-from numba import types
-from numpy import uint8, uint32, uint64
-from numpy.typing import NDArray
-
 from lynx_kernels import hadamard
 from lynx_kernels.anchor_code import GRID
 from lynx_kernels.hadamard import hadamard_tables
 from lynx_kernels.paged import PagedKVCache
 from lynx_kernels.tile_cpu import (
-    INDEX,
-    KIND,
     LANES,
+    PAGE_TYPES,
     READ_ROWS,
     RUN,
-    SLOTS,
     WRITE_ROWS,
     as_bits,
     as_float,
     compile_kernel,
     load_tile,
     locate,
+    page_arguments,
     storage_type,
     store_tile,
 )
+from numba import types
+from numpy import uint8, uint32, uint64
+from numpy.typing import NDArray
 
 _STEP_MANTISSAS = tuple(uint32(mantissa) for mantissa in hadamard.STEP_MANTISSAS)
 _TINY = uint32(hadamard.TINY_BITS)
@@ -65,17 +63,8 @@ def encode_layer(
     scales [L, 2, H]; residual: uint8 [T, L*2*H*D/2]. Rows must be C-contiguous.
     """
     tables = hadamard_tables(cache.head_dim)
-    kind = KIND[cache.dtype]
-    _encoder(kind)(
-        cache.bits(layer),
-        kind,
-        cache.block_size,
-        cache.stride_block,
-        cache.stride_head,
-        cache.num_kv_heads,
-        cache.index.k_index,
-        cache.index.v_index,
-        slots,
+    _encoder(cache.dtype.itemsize)(
+        *page_arguments(cache, layer, slots),
         tables.transform,
         tables.norm,
         tables.to_grid,
@@ -96,18 +85,9 @@ def decode_layer(
 ) -> None:
     """Write one layer's K and V at `slots` from the anchor, refined by the residual if given."""
     tables = hadamard_tables(cache.head_dim)
-    kind = KIND[cache.dtype]
     refined = residual is not None
-    _decoder(kind)(
-        cache.bits(layer),
-        kind,
-        cache.block_size,
-        cache.stride_block,
-        cache.stride_head,
-        cache.num_kv_heads,
-        cache.index.k_index,
-        cache.index.v_index,
-        slots,
+    _decoder(cache.dtype.itemsize)(
+        *page_arguments(cache, layer, slots),
         tables.transform,
         tables.to_raw,
         tables.code.refined_level if refined else tables.code.anchor_level,
@@ -120,24 +100,26 @@ def decode_layer(
 
 
 @functools.cache
-def _encoder(kind: int) -> Callable[..., None]:
+def _encoder(itemsize: int) -> Callable[..., None]:
     table = types.Array(types.float32, 1, "C", readonly=True)
     lookup = types.Array(types.uint8, 1, "C", readonly=True)
     integer = types.int64
     return compile_kernel(
         _encode,
-        *(storage_type(kind), integer, integer, integer, integer, integer, INDEX, INDEX, SLOTS),
+        storage_type(itemsize),
+        *PAGE_TYPES,
         *(integer, types.float32, table, lookup, integer, integer, WRITE_ROWS, WRITE_ROWS),
     )
 
 
 @functools.cache
-def _decoder(kind: int) -> Callable[..., None]:
+def _decoder(itemsize: int) -> Callable[..., None]:
     table = types.Array(types.float32, 1, "C", readonly=True)
     integer = types.int64
     return compile_kernel(
         _decode,
-        *(storage_type(kind), integer, integer, integer, integer, integer, INDEX, INDEX, SLOTS),
+        storage_type(itemsize),
+        *PAGE_TYPES,
         *(integer, table, table, integer, integer, READ_ROWS, READ_ROWS, types.boolean),
     )
 

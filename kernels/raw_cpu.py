@@ -5,15 +5,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
+from lynx_kernels.paged import PagedKVCache
+from lynx_kernels.tile_cpu import (
+    PAGE_TYPES,
+    RUN,
+    compile_kernel,
+    page_arguments,
+    storage_type,
+)
 from numba import types
 from numpy import uint64
 from numpy.typing import NDArray
-
-from lynx_kernels.paged import PagedKVCache
-from lynx_kernels.tile_cpu import INDEX, KIND, RUN, SLOTS, compile_kernel, storage_type
 
 
 def encode_layer(
@@ -24,43 +28,35 @@ def encode_layer(
     slots: int64 [T], checked; rows: the dtype of `cache.bits`, [T, L*2*H*D], C-contiguous and
     aligned.
     """
-    _copier(KIND[cache.dtype], True)(*_arguments(cache, layer, slots), rows)
+    _copier(cache.dtype.itemsize, True)(*page_arguments(cache, layer, slots), layer, rows)
 
 
 def decode_layer(
     cache: PagedKVCache, layer: int, slots: NDArray[np.int64], rows: NDArray[np.unsignedinteger]
 ) -> None:
     """Copy one layer's columns of the rows to K and V at `slots`."""
-    _copier(KIND[cache.dtype], False)(*_arguments(cache, layer, slots), rows)
-
-
-def _arguments(cache: PagedKVCache, layer: int, slots: NDArray[np.int64]) -> tuple[Any, ...]:
-    return (
-        cache.bits(layer),
-        cache.block_size,
-        cache.stride_block,
-        cache.stride_head,
-        cache.num_kv_heads,
-        cache.index.k_index,
-        cache.index.v_index,
-        slots,
-        layer,
-    )
+    _copier(cache.dtype.itemsize, False)(*page_arguments(cache, layer, slots), layer, rows)
 
 
 @functools.cache
-def _copier(kind: int, gather: bool) -> Callable[..., None]:
-    storage = storage_type(kind)
+def _copier(itemsize: int, gather: bool) -> Callable[..., None]:
+    storage = storage_type(itemsize)
     rows = types.Array(storage.dtype, 2, "C", readonly=not gather)
-    integer = types.int64
-    return compile_kernel(
-        _gather if gather else _scatter,
-        *(storage, integer, integer, integer, integer, INDEX, INDEX, SLOTS, integer, rows),
-    )
+    return compile_kernel(_gather if gather else _scatter, storage, *PAGE_TYPES, types.int64, rows)
 
 
 def _gather(
-    flat, block_size, stride_block, stride_head, num_heads, k_index, v_index, slots, layer, rows
+    flat,
+    kind,
+    block_size,
+    stride_block,
+    stride_head,
+    num_heads,
+    k_index,
+    v_index,
+    slots,
+    layer,
+    rows,
 ):
     head_dim = k_index.shape[1]
     for run in range(0, slots.size, RUN):
@@ -76,7 +72,17 @@ def _gather(
 
 
 def _scatter(
-    flat, block_size, stride_block, stride_head, num_heads, k_index, v_index, slots, layer, rows
+    flat,
+    kind,
+    block_size,
+    stride_block,
+    stride_head,
+    num_heads,
+    k_index,
+    v_index,
+    slots,
+    layer,
+    rows,
 ):
     head_dim = k_index.shape[1]
     for run in range(0, slots.size, RUN):

@@ -20,8 +20,10 @@ from typing import Any
 import numba
 import numpy as np
 import torch
+from lynx_kernels.paged import PagedKVCache
 from numba import types
 from numpy import uint32, uint64
+from numpy.typing import NDArray
 
 LANES = 16
 RUN = 128  # tokens that a kernel takes through all heads before it goes on: pages stay in cache
@@ -42,9 +44,28 @@ _SIGN = uint32(0x80000000)
 _INFINITY = uint32(0x7F800000)
 
 
-def storage_type(kind: int) -> types.Array:
-    """numba type of `PagedKVCache.bits`."""
-    return types.Array(types.uint32 if kind == FLOAT32 else types.uint16, 1, "C")
+# numba types of `page_arguments` but the first, which `storage_type` gives.
+PAGE_TYPES = (*(types.int64,) * 5, INDEX, INDEX, SLOTS)
+
+
+def page_arguments(cache: PagedKVCache, layer: int, slots: NDArray[np.int64]) -> tuple[Any, ...]:
+    """What every kernel takes first: one layer's storage, its addressing, and checked slots."""
+    return (
+        cache.bits(layer),
+        KIND[cache.dtype],
+        cache.block_size,
+        cache.stride_block,
+        cache.stride_head,
+        cache.num_kv_heads,
+        cache.index.k_index,
+        cache.index.v_index,
+        slots,
+    )
+
+
+def storage_type(itemsize: int) -> types.Array:
+    """numba type of `PagedKVCache.bits` for a dtype of 2 or 4 bytes."""
+    return types.Array(types.uint16 if itemsize == 2 else types.uint32, 1, "C")
 
 
 def compile_kernel(function: Callable[..., None], *argument_types: Any) -> Callable[..., None]:

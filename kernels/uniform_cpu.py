@@ -8,28 +8,26 @@ from collections.abc import Callable
 
 import numba
 import numpy as np
-from numba import types
-from numpy import uint8, uint32, uint64
-from numpy.typing import NDArray
-
 from lynx_kernels import uniform
 from lynx_kernels.paged import PagedKVCache
 from lynx_kernels.tile_cpu import (
-    INDEX,
-    KIND,
     LANES,
+    PAGE_TYPES,
     READ_ROWS,
     RUN,
-    SLOTS,
     WRITE_ROWS,
     as_bits,
     as_float,
     compile_kernel,
     load_tile,
     locate,
+    page_arguments,
     storage_type,
     store_tile,
 )
+from numba import types
+from numpy import uint8, uint32, uint64
+from numpy.typing import NDArray
 
 _TINY = uint32(uniform.TINY_BITS)
 _INFINITY = uint32(uniform.INFINITY_BITS)
@@ -48,8 +46,8 @@ def encode_layer(
     [L, 2, H, D*bits/8] and then scales [L, 2, H, 2].
     """
     qmax = uniform.QMAX[bits]
-    _encoder(KIND[cache.dtype])(
-        *_page_arguments(cache, layer, slots), layer, cache.num_layers, rows, bits, qmax,
+    _encoder(cache.dtype.itemsize)(
+        *page_arguments(cache, layer, slots), layer, cache.num_layers, rows, bits, qmax,
         _RECIPROCAL[qmax],
     )  # fmt: skip
 
@@ -58,41 +56,26 @@ def decode_layer(
     cache: PagedKVCache, layer: int, slots: NDArray[np.int64], rows: NDArray[np.uint8], bits: int
 ) -> None:
     """Write one layer's K and V at `slots` from the rows."""
-    _decoder(KIND[cache.dtype])(
-        *_page_arguments(cache, layer, slots), layer, cache.num_layers, rows, bits
-    )
-
-
-def _page_arguments(cache: PagedKVCache, layer: int, slots: NDArray[np.int64]) -> tuple:
-    return (
-        cache.bits(layer),
-        KIND[cache.dtype],
-        cache.block_size,
-        cache.stride_block,
-        cache.stride_head,
-        cache.num_kv_heads,
-        cache.index.k_index,
-        cache.index.v_index,
-        slots,
+    _decoder(cache.dtype.itemsize)(
+        *page_arguments(cache, layer, slots), layer, cache.num_layers, rows, bits
     )
 
 
 _INTEGER = types.int64
-_PAGE_TYPES = (_INTEGER, _INTEGER, _INTEGER, _INTEGER, _INTEGER, INDEX, INDEX, SLOTS)
 
 
 @functools.cache
-def _encoder(kind: int) -> Callable[..., None]:
+def _encoder(itemsize: int) -> Callable[..., None]:
     return compile_kernel(
-        _encode, storage_type(kind), *_PAGE_TYPES,
+        _encode, storage_type(itemsize), *PAGE_TYPES,
         *(_INTEGER, _INTEGER, WRITE_ROWS, _INTEGER, _INTEGER, types.float32),
     )  # fmt: skip
 
 
 @functools.cache
-def _decoder(kind: int) -> Callable[..., None]:
+def _decoder(itemsize: int) -> Callable[..., None]:
     return compile_kernel(
-        _decode, storage_type(kind), *_PAGE_TYPES, _INTEGER, _INTEGER, READ_ROWS, _INTEGER
+        _decode, storage_type(itemsize), *PAGE_TYPES, _INTEGER, _INTEGER, READ_ROWS, _INTEGER
     )
 
 

@@ -13,7 +13,6 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
-
 from lynx_kernels.paged import PagedKVCache, PageIndex
 
 # bfloat16 carries the integers 0 to 256 exactly, so element numbers travel in base-256 digits.
@@ -130,6 +129,4 @@ def _check_cache(
 
 
 def _describe(isa: str, dtype: torch.dtype, block_size: int, head_dim: int) -> str:
-    return (
-        f"CPU KV page layout (ISA {isa}, {dtype}, block size {block_size}, head size {head_dim})"
-    )
+    return f"CPU KV page layout (ISA {isa}, {dtype}, block size {block_size}, head size {head_dim})"

@@ -16,9 +16,8 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-
 from lynx_kernels.paged import PagedKVCache, PageIndex
+from numpy.typing import NDArray
 
 DTYPES: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,

@@ -13,11 +13,11 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+from lynx_kernels import hadamard, hadamard_cpu
+from lynx_kernels.paged import PagedKVCache
 from numpy.typing import NDArray
 
 from lynx_connector.codec.base import Codec, CodecError, KVGeometry, Rows, Tier
-from lynx_kernels import hadamard, hadamard_cpu
-from lynx_kernels.paged import PagedKVCache
 
 
 class HadamardCodec(Codec):

@@ -12,11 +12,11 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+from lynx_kernels import raw, raw_cpu
+from lynx_kernels.paged import PagedKVCache
 from numpy.typing import NDArray
 
 from lynx_connector.codec.base import Codec, Rows, Tier
-from lynx_kernels import raw, raw_cpu
-from lynx_kernels.paged import PagedKVCache
 
 
 class RawCodec(Codec):

@@ -53,6 +53,8 @@ class ConsumerWorker:
         self._staging_used = 0
         self._client = TierClient(identity, config.transfer_timeout_seconds)
         self._codecs: dict[str, Codec] = {}
+        for name in (config.codec, "bf16"):  # compile before the first request
+            self._codec(name)
         self._active: dict[str, InboundTransfer] = {}
         self._queued: deque[LoadRequest] = deque()
         self._finished_recving: set[str] = set()
@@ -106,6 +108,7 @@ class ConsumerWorker:
     def _codec(self, name: str) -> Codec:
         if name not in self._codecs:
             self._codecs[name] = get_codec(name, self._geometry)
+            self._codecs[name].warmup()
         return self._codecs[name]
 
     def _start_queued(self) -> None:

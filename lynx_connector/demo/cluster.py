@@ -79,6 +79,9 @@ class Cluster:
         self._cpu = is_cpu_build()
         if self._cpu:
             self._common_args.append("--enforce-eager")  # compiling costs minutes of start-up
+        self._gpus = 0 if self._cpu else _gpu_count()
+        if self._gpus == 1:
+            self._common_args += ["--gpu-memory-utilization", "0.4"]  # both servers share it
         self.prefill = self._server(Role.PREFILL, self.link.prefill, prefill or Side())
         self.decode = self._server(Role.DECODE, self.link.decode, decode or Side())
         self.router = self._router() if router else None
@@ -206,10 +209,8 @@ class Cluster:
             environment["VLLM_CPU_OMP_THREADS_BIND"] = _cores(role)
             # For the front end; vLLM sets the engine's own from the binding.
             environment["OMP_NUM_THREADS"] = "1"
-        elif (gpus := _gpu_count()) > 1:
+        elif self._gpus > 1:
             environment["CUDA_VISIBLE_DEVICES"] = "0" if role is Role.PREFILL else "1"
-        elif gpus == 1 and "--gpu-memory-utilization" not in self._common_args:
-            self._common_args += ["--gpu-memory-utilization", "0.4"]
         return environment
 
     def _router(self) -> ServerProcess:

@@ -63,6 +63,8 @@ class ProducerWorker:
         self._events = events
         self._codec: Codec = get_codec(config.codec, geometry)
         self._exact: Codec = get_codec("bf16", geometry)
+        for codec in (self._codec, self._exact):
+            codec.warmup()
         self._store = StagingStore(int(config.staging_bytes), config.lease_seconds, events)
         self._server = TierServer(
             self._store, identity, events, int(config.frame_bytes), config.link_mbit

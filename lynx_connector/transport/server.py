@@ -4,6 +4,7 @@
 import asyncio
 import itertools
 import logging
+from collections import deque
 from collections.abc import Callable
 
 from lynx_connector import protocol
@@ -19,6 +20,8 @@ from lynx_connector.transport.pacing import RateLimiter
 logger = logging.getLogger("vllm.lynx.server")
 
 FRAMES_IN_FLIGHT = 2
+
+Frames = deque[tuple[Piece, TokenRange]]
 
 
 class TierServer:
@@ -107,10 +110,10 @@ class TierServer:
 class _Stream:
     """What is left to send of one tier of one transfer."""
 
-    def __init__(self, transfer: StagedTransfer, tier: Tier, frames: list, order: int):
+    def __init__(self, transfer: StagedTransfer, tier: Tier, frames: Frames, order: int):
         self.transfer = transfer
         self.tier = tier
-        self.frames: list[tuple[Piece, TokenRange]] = frames
+        self.frames = frames
         self.order = order
         self.sent_bytes = 0
 
@@ -176,7 +179,7 @@ class _Session:
         order = next(self._order)
         for tier in transfer.buffers.tiers:
             frames = transfer.buffers.frames(tier, fetch.first_token, self._server._frame_bytes)
-            stream = _Stream(transfer, tier, list(frames), order)
+            stream = _Stream(transfer, tier, deque(frames), order)
             if stream.frames:
                 self._streams.append(stream)
         self.wake.set()
@@ -214,8 +217,8 @@ class _Session:
                 self.wake.clear()
                 await self.wake.wait()
                 continue
-            piece, tokens = stream.frames.pop(0)
-            if not stream.frames:
+            piece, tokens = stream.frames.popleft()
+            if last := not stream.frames:
                 self._streams.remove(stream)
             await window.acquire()
             rows = piece.view(stream.tier, tokens).reshape(-1)
@@ -236,16 +239,16 @@ class _Session:
                 checksum(rows),
             )
             send = asyncio.ensure_future(self._connection.send(frame, rows))
-            send.add_done_callback(_sent(window, stream, self._server._events))
+            send.add_done_callback(_sent(window, stream, self._server._events if last else None))
 
 
 def _sent(
-    window: asyncio.Semaphore, stream: _Stream, events: EventLog
+    window: asyncio.Semaphore, stream: _Stream, events: EventLog | None
 ) -> Callable[[asyncio.Future], None]:
     def done(future: asyncio.Future) -> None:
         window.release()
         # A lost connection is reported by the reader; here it only must not go unretrieved.
-        if not future.cancelled() and future.exception() is None and not stream.frames:
+        if not future.cancelled() and future.exception() is None and events is not None:
             events(
                 "tier_sent",
                 stream.transfer.request_id,

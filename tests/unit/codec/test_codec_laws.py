@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What holds for every registered codec. A new codec states its bounds below and is tested."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from lynx_connector.codec import CODECS, Codec, CodecError, KVGeometry, Tier, get_codec
+from lynx_connector.codec.base import DTYPES
+
+# Mean squared error over mean square on Gaussian vectors, by number of tiers decoded.
+VNMSE_BOUND = {"hadamard": [9e-3, 4.5e-5], "bf16": [0.0], "int8": [6e-5], "int4": [2e-2]}
+# Rounding to the cache's dtype comes on top.
+DTYPE_VNMSE = {"bfloat16": 1e-5, "float16": 1e-6, "float32": 1e-9}
+
+ODD_SHAPES = [
+    # tokens, heads, head_dim, block_size, dtype
+    (1, 1, 64, 16, "bfloat16"),
+    (17, 3, 64, 128, "bfloat16"),
+    (17, 1, 80, 16, "float16"),
+    (33, 3, 96, 128, "float32"),
+    (16, 3, 128, 16, "bfloat16"),
+    (200, 1, 128, 128, "float16"),
+]
+
+
+@pytest.fixture(params=CODECS)
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def codec_for(name: str, cache) -> Codec:
+    dtype = str(cache.dtype).removeprefix("torch.")
+    return get_codec(
+        name, KVGeometry(cache.num_layers, cache.num_kv_heads, cache.head_dim, dtype)
+    )
+
+
+def empty_rows(codec: Codec, tokens: int) -> dict[Tier, np.ndarray]:
+    return {t: np.zeros((tokens, codec.bytes_per_token(t)), np.uint8) for t in codec.tiers}
+
+
+def encoded(codec: Codec, cache, slots) -> dict[Tier, np.ndarray]:
+    out = empty_rows(codec, len(slots))
+    codec.encode(cache, slots, out)
+    return out
+
+
+def all_values(cache, slots) -> torch.Tensor:
+    return torch.stack([cache.gather(i, slots) for i in range(cache.num_layers)], dim=1)
+
+
+def vnmse(y: torch.Tensor, x: torch.Tensor) -> float:
+    return float((y.double() - x.double()).square().sum() / x.double().square().sum())
+
+
+@pytest.mark.parametrize(("tokens", "heads", "head_dim", "block_size", "dtype"), ODD_SHAPES)
+def test_round_trip_error_is_bounded(
+    make_cache, name, layout, tokens, heads, head_dim, block_size, dtype
+) -> None:
+    cache = make_cache(
+        layout, heads=heads, head_dim=head_dim, block_size=block_size, blocks=256 // block_size + 1,
+        dtype=DTYPES[dtype],
+    )  # fmt: skip
+    codec = codec_for(name, cache)
+    slots = np.random.default_rng(1).permutation(cache.num_slots)[:tokens]
+    before = all_values(cache, slots)
+    rows = list(encoded(codec, cache, slots).values())
+    assert len(VNMSE_BOUND[name]) == len(codec.tiers)
+    for count, bound in enumerate(VNMSE_BOUND[name], start=1):
+        codec.decode(rows[:count], cache, slots)
+        allowed = bound + DTYPE_VNMSE[dtype] * (bound > 0)
+        # One token is few vectors: individual ones scatter around the mean.
+        allowed *= 1 if tokens > 1 else 1.6
+        assert vnmse(all_values(cache, slots), before) <= allowed
+
+
+def test_rows_of_a_slice_are_the_slice_of_rows(make_cache, name, layout) -> None:
+    cache = make_cache(layout)
+    codec = codec_for(name, cache)
+    slots = np.random.default_rng(2).permutation(cache.num_slots)
+    whole = encoded(codec, cache, slots)
+    for start, stop in [(0, 1), (1, 18), (18, 64), (63, 64), (5, 5)]:
+        part = encoded(codec, cache, slots[start:stop])
+        for tier in codec.tiers:
+            np.testing.assert_array_equal(part[tier], whole[tier][start:stop])
+
+
+def test_decode_writes_only_the_given_slots(make_cache, name, layout) -> None:
+    cache = make_cache(layout)
+    codec = codec_for(name, cache)
+    slots = np.array([1, 2, 40, 17, 63])
+    rows = list(encoded(codec, cache, slots).values())
+    untouched = np.setdiff1d(np.arange(cache.num_slots), slots)
+    before = all_values(cache, untouched)
+    for count in range(1, len(rows) + 1):
+        codec.decode(rows[:count], cache, slots)
+        assert torch.equal(all_values(cache, untouched), before)
+
+
+def test_a_slice_of_a_frame_can_be_decoded_alone(make_cache, name) -> None:
+    cache = make_cache("cpu_vec", block_size=32)
+    codec = codec_for(name, cache)
+    slots = np.arange(40)
+    rows = list(encoded(codec, cache, slots).values())
+    whole = make_cache("cpu_vec", block_size=32, seed=9)
+    codec.decode(rows, whole, slots)
+    parts = make_cache("cpu_vec", block_size=32, seed=9)
+    for part in (slice(30, 40), slice(0, 13), slice(13, 30)):
+        codec.decode([r[part] for r in rows], parts, slots[part])
+    assert torch.equal(all_values(parts, slots), all_values(whole, slots))
+
+
+def test_layouts_and_block_sizes_may_differ_between_the_two_sides(make_cache, name) -> None:
+    producer = make_cache("cpu_vec", block_size=128, blocks=2)
+    consumer = make_cache("flash_token_major", block_size=16, blocks=8, seed=5)
+    codec = codec_for(name, producer)
+    source, target = np.arange(100, 177), np.random.default_rng(3).permutation(128)[:77]
+    rows = list(encoded(codec, producer, source).values())
+    codec.decode(rows, consumer, target)
+    codec.decode(rows, producer, source)
+    assert torch.equal(all_values(consumer, target), all_values(producer, source))
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_not_finite_values_stay_in_their_vector(make_cache, name, poison, dtype) -> None:
+    cache = make_cache("flash", dtype=DTYPES[dtype])
+    codec = codec_for(name, cache)
+    slots = np.arange(20)
+    values = cache.gather(0, slots)
+    clean = list(encoded(codec, cache, slots).values())
+    codec.decode(clean, cache, slots)
+    expected = all_values(cache, slots)
+    values[7, 1, 2, 5] = poison
+    cache.scatter(0, slots, values)
+    rows = list(encoded(codec, cache, slots).values())
+    # Layer 1 has been decoded by now; take its rows from the clean encoding's source instead.
+    codec.decode(rows, cache, slots)
+    actual = cache.gather(0, slots)
+    vector = actual[7, 1, 2]
+    if name == "bf16":
+        assert torch.equal(vector.isnan(), values[7, 1, 2].isnan())
+    else:
+        assert vector.isnan().all()
+    actual[7, 1, 2] = expected[7, 0, 1, 2] = 0
+    assert torch.equal(actual, expected[:, 0])
+
+
+def test_zero_vectors_decode_to_zero(make_cache, name) -> None:
+    cache = make_cache("flash")
+    codec = codec_for(name, cache)
+    slots = np.arange(16)
+    values = cache.gather(1, slots)
+    values[3, 0, 1] = 0
+    cache.scatter(1, slots, values)
+    rows = list(encoded(codec, cache, slots).values())
+    for count in range(1, len(rows) + 1):
+        codec.decode(rows[:count], cache, slots)
+        assert (cache.gather(1, slots)[3, 0, 1] == 0).all()
+
+
+def test_read_only_and_unaligned_rows_are_decoded(make_cache, name) -> None:
+    """Frames are slices of received bytes: read-only, at any address."""
+    cache = make_cache("flash")
+    codec = codec_for(name, cache)
+    slots = np.arange(8)
+    frames = []
+    for rows in encoded(codec, cache, slots).values():
+        data = b"x" + rows.tobytes()
+        frames.append(np.frombuffer(data, np.uint8, offset=1).reshape(rows.shape))
+    expected = make_cache("flash", seed=1)
+    codec.decode([frame.copy() for frame in frames], expected, slots)
+    actual = make_cache("flash", seed=1)
+    codec.decode(frames, actual, slots)
+    assert torch.equal(all_values(actual, slots), all_values(expected, slots))
+
+
+def test_rows_can_be_encoded_into_any_address(make_cache, name) -> None:
+    cache = make_cache("flash")
+    codec = codec_for(name, cache)
+    slots = np.arange(5)
+    expected = encoded(codec, cache, slots)
+    shifted = {
+        t: np.zeros(rows.size + 1, np.uint8)[1:].reshape(rows.shape) for t, rows in expected.items()
+    }
+    codec.encode(cache, slots, shifted)
+    for tier in codec.tiers:
+        np.testing.assert_array_equal(shifted[tier], expected[tier])
+
+
+def test_no_tokens_is_no_work(make_cache, name) -> None:
+    cache = make_cache("flash")
+    codec = codec_for(name, cache)
+    slots = np.zeros(0, np.int64)
+    codec.decode(list(encoded(codec, cache, slots).values()), cache, slots)
+
+
+def test_warmup_runs(name) -> None:
+    get_codec(name, KVGeometry(30, 3, 64, "bfloat16")).warmup()
+
+
+def test_wrong_rows_and_caches_are_refused(make_cache, name) -> None:
+    cache = make_cache("flash")
+    codec = codec_for(name, cache)
+    slots = np.arange(4)
+    rows = list(encoded(codec, cache, slots).values())
+    other = make_cache("flash", heads=1)
+    with pytest.raises(CodecError, match="expected"):
+        codec.decode(rows, other, slots)
+    with pytest.raises(CodecError, match="C-contiguous"):
+        codec.decode([rows[0][:, ::-1], *rows[1:]], cache, slots)
+    with pytest.raises(CodecError, match="uint8"):
+        codec.decode([rows[0][:3], *rows[1:]], cache, slots)
+    with pytest.raises(CodecError, match="tiers"):
+        codec.decode([*rows, rows[0]], cache, slots)
+    with pytest.raises(CodecError, match="tiers"):
+        codec.decode([], cache, slots)
+    with pytest.raises(ValueError, match="slots"):
+        codec.decode(rows, cache, slots + 1000)
+    with pytest.raises(CodecError, match="tiers"):
+        codec.encode(cache, slots, {})
+    with pytest.raises(CodecError, match="no exact tier"):
+        codec.bytes_per_token(Tier.EXACT)
