@@ -15,9 +15,9 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from lynx_kernels.paged import PagedKVCache, PageIndex
 
 from lynx_connector.codec import CODECS, KVGeometry, get_codec
-from lynx_kernels.paged import PagedKVCache, PageIndex
 
 GEOMETRY = KVGeometry(num_layers=30, num_kv_heads=3, head_dim=64, dtype="bfloat16")
 

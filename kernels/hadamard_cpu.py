@@ -35,6 +35,10 @@ from numba import types
 from numpy import uint8, uint32, uint64
 from numpy.typing import NDArray
 
+# Element-wise loops take eight elements of all lanes at once: head_dim is a multiple of 8, and
+# loops of a constant, larger length are worth the compiler's aliasing checks.
+CHUNK = hadamard.MIN_TRANSFORM * LANES
+
 _STEP_MANTISSAS = tuple(uint32(mantissa) for mantissa in hadamard.STEP_MANTISSAS)
 _TINY = uint32(hadamard.TINY_BITS)
 _INFINITY = uint32(hadamard.INFINITY_BITS)
@@ -146,12 +150,11 @@ def _encode(
     half = k_index.shape[1] // 2
     tile = np.empty(2 * half * LANES, np.float32)
     bits = tile.view(uint32)
-    codes = np.empty(2 * half * LANES, uint8)
-    anchor_bytes = np.empty(half * LANES, uint8)
-    residual_bytes = np.empty(half * LANES, uint8)
+    position = np.empty(2 * half * LANES, uint32)
     page = np.empty(LANES, np.int64)
     offset = np.empty(LANES, np.int64)
-    factor = np.empty(LANES, np.float32)
+    factor = np.empty(CHUNK, np.float32)
+    maximum = np.empty(CHUNK, uint32)
     scales = np.empty(LANES, uint8)
     scale_column = num_layers * 2 * num_heads * half
     for run in range(0, slots.size, RUN):
@@ -164,17 +167,18 @@ def _encode(
                 locate(slots, first, lanes, block_size, stride_block, head_offset, page, offset)
                 load_tile(flat, kind, index, page, offset, lanes, bits)
                 _butterflies(tile, transform)
-                _scales(tile, bits, norm, to_grid, factor, scales)
-                _quantise(tile, factor, code_of_grid, codes)
-                _split(codes, anchor_bytes, residual_bytes)
+                _scales(bits, norm, to_grid, maximum, factor, scales)
+                _positions(tile, factor, position)
                 start = column * half
                 for w in range(lanes):
-                    token = first + w
                     for j in range(half):
-                        anchor[token, uint64(start + j)] = anchor_bytes[uint64(j * LANES + w)]
-                    for j in range(half):
-                        residual[token, uint64(start + j)] = residual_bytes[uint64(j * LANES + w)]
-                    anchor[token, uint64(scale_column + column)] = scales[w]
+                        even = code_of_grid[position[uint64(2 * j * LANES + w)]]
+                        odd = code_of_grid[position[uint64((2 * j + 1) * LANES + w)]]
+                        byte = (even >> uint8(4)) | (odd & uint8(0xF0))
+                        anchor[first + w, uint64(start + j)] = byte
+                        byte = (even & uint8(0x0F)) | ((odd & uint8(0x0F)) << uint8(4))
+                        residual[first + w, uint64(start + j)] = byte
+                    anchor[first + w, uint64(scale_column + column)] = scales[w]
 
 
 def _decode(
@@ -197,12 +201,10 @@ def _decode(
     refined,
 ):
     half = k_index.shape[1] // 2
-    tile = np.empty(2 * half * LANES, np.float32)
+    tile = np.zeros(2 * half * LANES, np.float32)
     bits = tile.view(uint32)
-    codes = np.zeros(2 * half * LANES, uint8)
     page = np.empty(LANES, np.int64)
     offset = np.empty(LANES, np.int64)
-    factor = np.zeros(LANES, np.float32)
     scale_column = num_layers * 2 * num_heads * half
     for run in range(0, slots.size, RUN):
         for vector in range(2 * num_heads):
@@ -212,41 +214,106 @@ def _decode(
             for first in range(run, min(run + RUN, slots.size), LANES):
                 lanes = min(LANES, slots.size - first)
                 locate(slots, first, lanes, block_size, stride_block, head_offset, page, offset)
+                start = column * half
                 for w in range(lanes):
-                    factor[w] = to_raw[anchor[first + w, uint64(scale_column + column)]]
-                if refined:
-                    _read_refined(anchor, residual, first, lanes, column * half, half, codes)
-                else:
-                    _read_anchor(anchor, first, lanes, column * half, half, codes)
-                _levels(codes, level, factor, tile)
+                    factor = to_raw[anchor[first + w, uint64(scale_column + column)]]
+                    for j in range(half):
+                        coarse = anchor[first + w, uint64(start + j)]
+                        if refined:
+                            fine = residual[first + w, uint64(start + j)]
+                            even = (coarse << uint8(4)) | (fine & uint8(0x0F))
+                            odd = (coarse & uint8(0xF0)) | (fine >> uint8(4))
+                        else:
+                            even = coarse & uint8(0x0F)
+                            odd = coarse >> uint8(4)
+                        tile[uint64(2 * j * LANES + w)] = level[uint8(even)] * factor
+                        tile[uint64((2 * j + 1) * LANES + w)] = level[uint8(odd)] * factor
                 _butterflies(tile, transform)
                 store_tile(flat, kind, index, page, offset, lanes, bits)
 
 
 @numba.njit
 def _butterflies(tile, transform):
-    """Unnormalised Walsh-Hadamard transform along the elements of every lane, in place."""
-    distance = LANES
-    while distance < transform * LANES:
-        for start in range(0, tile.size, 2 * distance):
-            for i in range(uint64(start), uint64(start + distance)):
-                low = tile[uint64(i)]
-                high = tile[uint64(i + uint64(distance))]
-                tile[uint64(i)] = low + high
-                tile[uint64(i + uint64(distance))] = low - high
-        distance *= 2
+    """Unnormalised Walsh-Hadamard transform along the elements of every lane, in place.
+
+    Three stages (distances 1, 2, 4 times `distance`) are done while eight values are in
+    registers; the sums are those of one stage after the other. Constant distances let the
+    compiler see that the values do not overlap.
+    """
+    _eight(tile, LANES)
+    if transform == 16:
+        _two(tile, 8 * LANES)
+    elif transform == 32:
+        _four(tile, 8 * LANES)
+    elif transform >= 64:
+        _eight(tile, 8 * LANES)
+        distance = 64 * LANES
+        while distance < transform * LANES:
+            _two(tile, distance)
+            distance *= 2
 
 
 @numba.njit
-def _scales(tile, bits, norm, to_grid, factor, scales):
-    """Scale byte and quantiser factor of every lane."""
-    maximum = np.zeros(LANES, uint32)
-    for d in range(tile.size // LANES):
-        for w in range(LANES):
-            magnitude = uint32(bits[uint64(d * LANES + w)] & _MAGNITUDE)
-            maximum[w] = max(maximum[w], magnitude)
+def _two(tile, distance):
+    for start in range(0, tile.size, 2 * distance):
+        for row in range(start, start + distance, LANES):
+            for w in range(LANES):
+                i = uint64(row + w)
+                a, b = tile[i], tile[uint64(i + uint64(distance))]
+                tile[i] = a + b
+                tile[uint64(i + uint64(distance))] = a - b
+
+
+@numba.njit
+def _four(tile, distance):
+    for start in range(0, tile.size, 4 * distance):
+        for row in range(start, start + distance, LANES):
+            for w in range(LANES):
+                i0 = uint64(row + w)
+                i1 = uint64(row + w + distance)
+                i2 = uint64(row + w + 2 * distance)
+                i3 = uint64(row + w + 3 * distance)
+                a, b, c, d = tile[i0], tile[i1], tile[i2], tile[i3]
+                a, b, c, d = a + b, a - b, c + d, c - d
+                tile[i0], tile[i1], tile[i2], tile[i3] = a + c, b + d, a - c, b - d
+
+
+@numba.njit
+def _eight(tile, distance):
+    for start in range(0, tile.size, 8 * distance):
+        for row in range(start, start + distance, LANES):
+            for w in range(LANES):
+                i0 = uint64(row + w)
+                i1 = uint64(row + w + distance)
+                i2 = uint64(row + w + 2 * distance)
+                i3 = uint64(row + w + 3 * distance)
+                i4 = uint64(row + w + 4 * distance)
+                i5 = uint64(row + w + 5 * distance)
+                i6 = uint64(row + w + 6 * distance)
+                i7 = uint64(row + w + 7 * distance)
+                a, b, c, d = tile[i0], tile[i1], tile[i2], tile[i3]
+                e, f, g, h = tile[i4], tile[i5], tile[i6], tile[i7]
+                a, b, c, d = a + b, a - b, c + d, c - d
+                e, f, g, h = e + f, e - f, g + h, g - h
+                a, b, c, d = a + c, b + d, a - c, b - d
+                e, f, g, h = e + g, f + h, e - g, f - h
+                tile[i0], tile[i1], tile[i2], tile[i3] = a + e, b + f, c + g, d + h
+                tile[i4], tile[i5], tile[i6], tile[i7] = a - e, b - f, c - g, d - h
+
+
+@numba.njit
+def _scales(bits, norm, to_grid, maximum, factor, scales):
+    """Scale byte of every lane, and its quantiser factor for each element of a chunk."""
+    maximum[:] = uint32(0)
+    for start in range(0, bits.size, CHUNK):
+        for i in range(CHUNK):
+            magnitude = uint32(bits[uint64(start + i)] & _MAGNITUDE)
+            maximum[uint64(i)] = max(maximum[uint64(i)], magnitude)
     for w in range(LANES):
-        norm_bits = as_bits(as_float(maximum[w]) * norm)
+        largest = maximum[w]
+        for row in range(1, CHUNK // LANES):
+            largest = max(largest, maximum[row * LANES + w])
+        norm_bits = as_bits(as_float(largest) * norm)
         mantissa = uint32(norm_bits & uint32(0x7FFFFF))
         code = np.int64(norm_bits >> uint32(23)) * 8 + _BIAS
         for step in _STEP_MANTISSAS:
@@ -254,61 +321,20 @@ def _scales(tile, bits, norm, to_grid, factor, scales):
         code = min(max(code, _MIN), _MAX)
         if norm_bits < _TINY:
             code = _ZERO
-        if maximum[w] >= _INFINITY:
+        if largest >= _INFINITY:
             code = _NONFINITE
         scales[w] = code
-        factor[w] = to_grid[uint8(code)]
+        for row in range(CHUNK // LANES):
+            factor[row * LANES + w] = to_grid[uint8(code)]
 
 
 @numba.njit
-def _quantise(tile, factor, code_of_grid, codes):
-    for d in range(tile.size // LANES):
-        for w in range(LANES):
-            i = uint64(d * LANES + w)
-            position = tile[i] * factor[w] + _CENTRE
+def _positions(tile, factor, position):
+    """Grid point of every coefficient."""
+    for start in range(0, tile.size, CHUNK):
+        for i in range(CHUNK):
+            point = tile[uint64(start + i)] * factor[uint64(i)] + _CENTRE
             # Written so that NaN becomes 0.
-            position = position if position > np.float32(0) else np.float32(0)
-            position = position if position < _LAST else _LAST
-            tile[i] = position
-    for i in range(tile.size):
-        codes[i] = code_of_grid[uint64(uint32(tile[i]))]
-
-
-@numba.njit
-def _split(codes, anchor_bytes, residual_bytes):
-    """Nibbles of neighbouring elements into one byte, the even element low."""
-    for j in range(anchor_bytes.size // LANES):
-        for w in range(LANES):
-            even = codes[uint64(2 * j * LANES + w)]
-            odd = codes[uint64((2 * j + 1) * LANES + w)]
-            i = uint64(j * LANES + w)
-            anchor_bytes[i] = (even >> uint8(4)) | (odd & uint8(0xF0))
-            residual_bytes[i] = (even & uint8(0x0F)) | ((odd & uint8(0x0F)) << uint8(4))
-
-
-@numba.njit
-def _read_anchor(anchor, first, lanes, start, half, codes):
-    for w in range(lanes):
-        for j in range(half):
-            byte = anchor[first + w, uint64(start + j)]
-            codes[uint64(2 * j * LANES + w)] = byte & uint8(0x0F)
-            codes[uint64((2 * j + 1) * LANES + w)] = byte >> uint8(4)
-
-
-@numba.njit
-def _read_refined(anchor, residual, first, lanes, start, half, codes):
-    for w in range(lanes):
-        for j in range(half):
-            coarse = anchor[first + w, uint64(start + j)]
-            fine = residual[first + w, uint64(start + j)]
-            codes[uint64(2 * j * LANES + w)] = (coarse << uint8(4)) | (fine & uint8(0x0F))
-            codes[uint64((2 * j + 1) * LANES + w)] = (coarse & uint8(0xF0)) | (fine >> uint8(4))
-
-
-@numba.njit
-def _levels(codes, level, factor, tile):
-    for i in range(tile.size):
-        tile[i] = level[uint64(codes[i])]
-    for d in range(tile.size // LANES):
-        for w in range(LANES):
-            tile[uint64(d * LANES + w)] *= factor[w]
+            point = point if point > np.float32(0) else np.float32(0)
+            point = point if point < _LAST else _LAST
+            position[uint64(start + i)] = uint32(np.int32(point))

@@ -31,10 +31,7 @@ def encode(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     inverse = torch.where(usable, 1 / _scale_value(scale), 0.0)
     q = torch.nan_to_num(y * inverse.unsqueeze(-1), nan=-float(qmax)).clamp(-qmax, qmax)
     code = q.round().to(torch.int32)
-    if bits == 8:
-        codes = code & 0xFF
-    else:
-        codes = (code[..., 0::2] + 8) | ((code[..., 1::2] + 8) << 4)
+    codes = code & 0xFF if bits == 8 else _pack_nibbles(code + 8)
     scales = torch.stack((scale & 0xFF, scale >> 8), dim=-1)
     return codes.to(torch.uint8), scales.to(torch.uint8)
 
@@ -50,6 +47,10 @@ def decode(
     scale = scales[..., 0].to(torch.int32) | (scales[..., 1].to(torch.int32) << 8)
     limit = torch.finfo(dtype).max
     return (q * _scale_value(scale).unsqueeze(-1)).clamp(-limit, limit).to(dtype)
+
+
+def _pack_nibbles(nibbles: torch.Tensor) -> torch.Tensor:
+    return nibbles[..., 0::2] | (nibbles[..., 1::2] << 4)
 
 
 def _reciprocal(qmax: int) -> float:

@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 import vllm
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
@@ -40,6 +41,7 @@ __all__ = [
     "compatibility_hash",
     "model_identity",
     "resolve_start",
+    "warm_up_verification",
 ]
 
 SUPPORTED_VLLM = "0.32"
@@ -119,6 +121,32 @@ def resolve_start(config: LynxConfig, vllm_config: "VllmConfig") -> bool:
             f"scheduling), found {name or 'none'}; or set start to 'blocking'"
         )
     return present and config.start is not StartMode.BLOCKING
+
+
+def warm_up_verification(vllm_config: "VllmConfig", device: "torch.device") -> None:
+    """Compile what the first one-pass verification would compile for seconds, at start-up.
+
+    vLLM compiles the rank count of its prompt logprobs on first use (v1/sample/ops/logprobs.py,
+    V1 runner) and does not warm it up.
+
+    Raises:
+        ConfigError: if it cannot be compiled, with the remedy.
+    """
+    if vllm_config.use_v2_model_runner:
+        return
+    from vllm.v1.sample.sampler import Sampler
+
+    vocabulary = vllm_config.model_config.get_vocab_size()
+    logits = torch.zeros(2, vocabulary, device=device)
+    tokens = torch.zeros(2, dtype=torch.int64, device=device)
+    try:
+        Sampler().gather_logprobs(logits, 1, tokens)
+    except Exception as error:
+        raise ConfigError(
+            "vLLM cannot compile its prompt logprobs, which verification needs "
+            f"({type(error).__name__}: {str(error).splitlines()[0][:200]}); install a C++ compiler "
+            "(g++), or set start to 'blocking' in kv_connector_extra_config"
+        ) from error
 
 
 def compatibility_hash(

@@ -58,7 +58,7 @@ class LynxConnector(KVConnectorBase_V1):
         transfer = vllm_config.kv_transfer_config
         self._config = LynxConfig.from_extra_config(transfer.kv_connector_extra_config)
         compat.check_supported(vllm_config, kv_cache_config)
-        speculative = compat.resolve_start(self._config, vllm_config)
+        self._speculative = compat.resolve_start(self._config, vllm_config)
         self._block_size = vllm_config.cache_config.block_size
         self._events = EventLog(
             self._config.events_file, "producer" if transfer.is_kv_producer else "consumer"
@@ -68,9 +68,9 @@ class LynxConnector(KVConnectorBase_V1):
         self._producer_worker: ProducerWorker | None = None
         self._consumer_worker: ConsumerWorker | None = None
         if role == KVConnectorRole.SCHEDULER:
-            self._init_scheduler(vllm_config, speculative)
+            self._init_scheduler(vllm_config)
 
-    def _init_scheduler(self, vllm_config: "VllmConfig", speculative: bool) -> None:
+    def _init_scheduler(self, vllm_config: "VllmConfig") -> None:
         from vllm.utils.network_utils import get_ip
 
         transfer = vllm_config.kv_transfer_config
@@ -87,7 +87,7 @@ class LynxConnector(KVConnectorBase_V1):
         if transfer.is_kv_consumer:
             self._consumer = ConsumerScheduler(
                 self._config,
-                speculative,
+                self._speculative,
                 transfer.kv_load_failure_policy == "recompute",
                 tp_size,
                 self._block_size,
@@ -95,7 +95,7 @@ class LynxConnector(KVConnectorBase_V1):
             )
             logger.info(
                 "lynx: decode requests start %s; on a failed transfer: %s",
-                "on the anchor" if speculative else "when the final tier has landed",
+                "on the anchor" if self._speculative else "when the final tier has landed",
                 transfer.kv_load_failure_policy,
             )
 
@@ -187,6 +187,8 @@ class LynxConnector(KVConnectorBase_V1):
         if transfer.is_kv_producer:
             self._producer_worker = ProducerWorker(*shared, self._loop, self._events)
         if transfer.is_kv_consumer:
+            if self._speculative:
+                compat.warm_up_verification(vllm_config, cache.device)
             self._consumer_worker = ConsumerWorker(*shared, self._loop, self._events)
 
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:

@@ -152,7 +152,9 @@ class Cluster:
         deadline = time.monotonic() + timeout
         for server in (self.prefill, self.decode):
             while True:
-                reply = httpx.post(f"{server.url}/reset_prefix_cache", timeout=timeout)
+                reply = httpx.post(
+                    f"{server.url}/reset_prefix_cache", timeout=timeout, trust_env=False
+                )
                 if reply.status_code == 200 and reply.json().get("success"):
                     break
                 if time.monotonic() > deadline:

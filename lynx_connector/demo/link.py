@@ -150,13 +150,13 @@ def _free_networks(pid: int) -> list[ipaddress.IPv4Network]:
     """Two /30 networks that no interface of the host uses."""
     shown = json.loads(_run("ip", "-json", "addr", "show"))
     used = [
-        ipaddress.ip_network(f"{address['local']}/{address['prefixlen']}", strict=False)
+        ipaddress.IPv4Network(f"{address['local']}/{address['prefixlen']}", strict=False)
         for interface in shown
         for address in interface.get("addr_info", ())
         if address["family"] == "inet"
     ]
     # From a place that depends on the process, so that two demos started at once differ.
-    candidates = list(ipaddress.ip_network("10.98.0.0/16").subnets(new_prefix=30))
+    candidates = list(ipaddress.IPv4Network("10.98.0.0/16").subnets(new_prefix=30))
     start = pid * 2 % len(candidates)
     free = [
         network

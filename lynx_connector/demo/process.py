@@ -82,7 +82,7 @@ class ServerProcess:
     def healthy(self) -> bool:
         """True where GET /health answers 200 within two seconds."""
         try:
-            return httpx.get(f"{self.url}/health", timeout=2).status_code == 200
+            return httpx.get(f"{self.url}/health", timeout=2, trust_env=False).status_code == 200
         except httpx.HTTPError:
             return False
 

@@ -3,8 +3,8 @@
 
 A request with `kv_transfer_params` {"save": KEY} stores its prompt's KV under KEY; one with
 {"load": KEY, ...} gets it back: after `anchor_delay` steps rounded to `bits` bits, after
-`residual_delay` steps exactly, or with `fail` instead a failed residual. Steps count from the load's
-allocation. `fail_early` reports the failure before the anchor lands.
+`residual_delay` steps exactly, or with `fail` instead a failed residual. Steps count from the
+allocation of the load. `fail_early` reports the failure before the anchor lands.
 """
 
 from __future__ import annotations

@@ -100,12 +100,14 @@ class Harness:
         rng = random.Random(7)
         lengths = {"A": 100, "B": 61, "C": 40, "D": 9, "E": 64, "F": 65, "ONE": 1}
         self.prompts = {
-            name: [rng.randrange(2, 500) for _ in range(n)] for name, n in lengths.items()
+            name: [rng.randrange(258, 500) for _ in range(n)] for name, n in lengths.items()
         }
 
     # ---- requests
 
-    def add(self, prompt: str | list[int], transfer: dict[str, Any] | None = None, **params: Any) -> str:
+    def add(
+        self, prompt: str | list[int], transfer: dict[str, Any] | None = None, **params: Any
+    ) -> str:
         from vllm import SamplingParams
 
         self._names += 1
@@ -122,7 +124,12 @@ class Harness:
         self, prompt: str, *, anchor: int = 2, residual: int = 16, bits: int = 4, **params: Any
     ) -> str:
         """A request whose KV comes in two tiers."""
-        transfer = {"load": prompt, "anchor_delay": anchor, "residual_delay": residual, "bits": bits}
+        transfer = {
+            "load": prompt,
+            "anchor_delay": anchor,
+            "residual_delay": residual,
+            "bits": bits,
+        }
         for key in ("fail", "fail_early"):
             transfer[key] = params.pop(key, False)
         self.save(prompt)

@@ -33,9 +33,7 @@ def name(request: pytest.FixtureRequest) -> str:
 
 def codec_for(name: str, cache) -> Codec:
     dtype = str(cache.dtype).removeprefix("torch.")
-    return get_codec(
-        name, KVGeometry(cache.num_layers, cache.num_kv_heads, cache.head_dim, dtype)
-    )
+    return get_codec(name, KVGeometry(cache.num_layers, cache.num_kv_heads, cache.head_dim, dtype))
 
 
 def empty_rows(codec: Codec, tokens: int) -> dict[Tier, np.ndarray]:

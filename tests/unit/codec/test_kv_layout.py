@@ -45,7 +45,7 @@ def test_cache_written_by_vllm_is_read_back(dtype, head_dim, block) -> None:
     assert torch.equal(cache.gather(0, slots), torch.stack((key, value), dim=1))
 
 
-def test_split_kernel_blocks_keep_the_slots(monkeypatch) -> None:
+def test_split_kernel_blocks_keep_the_slots() -> None:
     """A manager block of 128 registered as two kernel blocks of 64: slot numbers stay valid."""
     pytest.importorskip("vllm")
     caches = {"layer": torch.zeros(8, HEADS, 64, 2 * HEAD_DIM, dtype=torch.bfloat16)}
@@ -66,7 +66,7 @@ def test_a_page_that_is_no_permutation_is_refused(monkeypatch) -> None:
 
 def test_quantised_caches_are_refused() -> None:
     caches = {k: v.to(torch.float8_e4m3fn) for k, v in zero_caches().items()}
-    with pytest.raises(KVLayoutError, match="layer0.*float8_e4m3fn.*quantised"):
+    with pytest.raises(KVLayoutError, match=r"layer0.*float8_e4m3fn.*quantised"):
         wrap(caches)
 
 
