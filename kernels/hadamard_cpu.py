@@ -17,6 +17,7 @@ from lynx_kernels.anchor_code import GRID
 from lynx_kernels.hadamard import hadamard_tables
 from lynx_kernels.paged import PagedKVCache
 from lynx_kernels.tile_cpu import (
+    CHUNK,
     LANES,
     PAGE_TYPES,
     READ_ROWS,
@@ -25,6 +26,7 @@ from lynx_kernels.tile_cpu import (
     as_bits,
     as_float,
     compile_kernel,
+    largest_magnitudes,
     load_tile,
     locate,
     page_arguments,
@@ -35,14 +37,10 @@ from numba import types
 from numpy import uint8, uint32, uint64
 from numpy.typing import NDArray
 
-# Element-wise loops take eight elements of all lanes at once: head_dim is a multiple of 8, and
-# loops of a constant, larger length are worth the compiler's aliasing checks.
-CHUNK = hadamard.MIN_TRANSFORM * LANES
-
 _STEP_MANTISSAS = tuple(uint32(mantissa) for mantissa in hadamard.STEP_MANTISSAS)
 _TINY = uint32(hadamard.TINY_BITS)
 _INFINITY = uint32(hadamard.INFINITY_BITS)
-_MAGNITUDE = uint32(0x7FFFFFFF)
+_STEPS = hadamard.STEPS_PER_OCTAVE
 _BIAS = hadamard.SCALE_BIAS - 127 * hadamard.STEPS_PER_OCTAVE
 _ZERO, _MIN, _MAX, _NONFINITE = (
     hadamard.SCALE_ZERO,
@@ -304,20 +302,15 @@ def _eight(tile, distance):
 @numba.njit
 def _scales(bits, norm, to_grid, maximum, factor, scales):
     """Scale byte of every lane, and its quantiser factor for each element of a chunk."""
-    maximum[:] = uint32(0)
-    for start in range(0, bits.size, CHUNK):
-        for i in range(CHUNK):
-            magnitude = uint32(bits[uint64(start + i)] & _MAGNITUDE)
-            maximum[uint64(i)] = max(maximum[uint64(i)], magnitude)
+    largest_magnitudes(bits, maximum)
     for w in range(LANES):
         largest = maximum[w]
-        for row in range(1, CHUNK // LANES):
-            largest = max(largest, maximum[row * LANES + w])
         norm_bits = as_bits(as_float(largest) * norm)
         mantissa = uint32(norm_bits & uint32(0x7FFFFF))
-        code = np.int64(norm_bits >> uint32(23)) * 8 + _BIAS
+        code = int(norm_bits >> uint32(23)) * _STEPS + _BIAS
         for step in _STEP_MANTISSAS:
-            code += mantissa > step
+            if mantissa > step:
+                code += 1
         code = min(max(code, _MIN), _MAX)
         if norm_bits < _TINY:
             code = _ZERO

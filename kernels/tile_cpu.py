@@ -26,6 +26,9 @@ from numpy import uint32, uint64
 from numpy.typing import NDArray
 
 LANES = 16
+# Element-wise loops take eight elements of all lanes at once (head_dim is a multiple of 8): loops
+# of a constant, larger length are worth the compiler's aliasing checks.
+CHUNK = 8 * LANES
 RUN = 128  # tokens that a kernel takes through all heads before it goes on: pages stay in cache
 
 BFLOAT16, FLOAT16, FLOAT32 = 0, 1, 2
@@ -132,6 +135,22 @@ def store_tile(flat, kind, index, page, offset, lanes, bits):
         n = offset[w]
         for d in range(index.shape[1]):
             flat[uint64(base + index[n, d])] = bits[uint64(d * LANES + w)]
+
+
+@numba.njit
+def largest_magnitudes(bits, maximum):
+    """Bits of every lane's largest magnitude into maximum[:LANES]; maximum: uint32 [CHUNK].
+
+    Compared as integers, magnitudes keep their order, and NaN > infinity > every number.
+    """
+    maximum[:] = uint32(0)
+    for start in range(0, bits.size, CHUNK):
+        for i in range(CHUNK):
+            magnitude = uint32(bits[uint64(start + i)] & _MAGNITUDE)
+            maximum[uint64(i)] = max(maximum[uint64(i)], magnitude)
+    for row in range(1, CHUNK // LANES):
+        for w in range(LANES):
+            maximum[w] = max(maximum[w], maximum[uint64(row * LANES + w)])
 
 
 @numba.njit

@@ -11,6 +11,7 @@ import numpy as np
 from lynx_kernels import uniform
 from lynx_kernels.paged import PagedKVCache
 from lynx_kernels.tile_cpu import (
+    CHUNK,
     LANES,
     PAGE_TYPES,
     READ_ROWS,
@@ -19,6 +20,7 @@ from lynx_kernels.tile_cpu import (
     as_bits,
     as_float,
     compile_kernel,
+    largest_magnitudes,
     load_tile,
     locate,
     page_arguments,
@@ -32,7 +34,6 @@ from numpy.typing import NDArray
 _TINY = uint32(uniform.TINY_BITS)
 _INFINITY = uint32(uniform.INFINITY_BITS)
 _NAN_SCALE = uint32(uniform.NAN_SCALE)
-_MAGNITUDE = uint32(0x7FFFFFFF)
 _RECIPROCAL = {qmax: np.float32(uniform._reciprocal(qmax)) for qmax in uniform.QMAX.values()}
 _ROUNDER = np.float32(3 << 22)  # x + 1.5 * 2^23 rounds x half to even into the low mantissa bits
 
@@ -103,7 +104,8 @@ def _encode(
     codes = np.empty(head_dim * LANES, uint8)
     page = np.empty(LANES, np.int64)
     offset = np.empty(LANES, np.int64)
-    inverse = np.empty(LANES, np.float32)
+    maximum = np.empty(CHUNK, uint32)
+    inverse = np.empty(CHUNK, np.float32)
     scales = np.empty(LANES, uint32)
     scale_column = num_layers * 2 * num_heads * width
     for run in range(0, slots.size, RUN):
@@ -115,7 +117,7 @@ def _encode(
                 lanes = min(LANES, slots.size - first)
                 locate(slots, first, lanes, block_size, stride_block, head_offset, page, offset)
                 load_tile(flat, kind, index, page, offset, lanes, bits)
-                _scales(bits, reciprocal, inverse, scales)
+                _scales(bits, reciprocal, maximum, inverse, scales)
                 _quantise(tile, inverse, np.float32(qmax), codes)
                 if code_bits == 4:
                     _pack(codes)
@@ -150,7 +152,6 @@ def _decode(
     bits = tile.view(uint32)
     page = np.empty(LANES, np.int64)
     offset = np.empty(LANES, np.int64)
-    scales = np.zeros(LANES, np.float32)
     scale_column = num_layers * 2 * num_heads * width
     for run in range(0, slots.size, RUN):
         for vector in range(2 * num_heads):
@@ -165,55 +166,50 @@ def _decode(
                     place = scale_column + 2 * column
                     low = uint32(rows[first + w, uint64(place)])
                     high = uint32(rows[first + w, uint64(place + 1)])
-                    scales[w] = as_float(((high << uint32(8)) | low) << uint32(16))
+                    scale = as_float(((high << uint32(8)) | low) << uint32(16))
                     if code_bits == 8:
                         for j in range(width):
                             code = np.int8(rows[first + w, uint64(start + j)])
-                            tile[uint64(j * LANES + w)] = np.float32(code)
+                            tile[uint64(j * LANES + w)] = np.float32(code) * scale
                     else:
                         for j in range(width):
                             byte = rows[first + w, uint64(start + j)]
                             even = np.int32(byte & uint8(0x0F)) - 8
                             odd = np.int32(byte >> uint8(4)) - 8
-                            tile[uint64(2 * j * LANES + w)] = np.float32(even)
-                            tile[uint64((2 * j + 1) * LANES + w)] = np.float32(odd)
-                for d in range(head_dim):
-                    for w in range(LANES):
-                        tile[uint64(d * LANES + w)] *= scales[w]
+                            tile[uint64(2 * j * LANES + w)] = np.float32(even) * scale
+                            tile[uint64((2 * j + 1) * LANES + w)] = np.float32(odd) * scale
                 store_tile(flat, kind, index, page, offset, lanes, bits)
 
 
 @numba.njit(error_model="numpy")
-def _scales(bits, reciprocal, inverse, scales):
-    """bfloat16 scale (bits) and its float32 inverse for every lane."""
-    maximum = np.zeros(LANES, uint32)
-    for d in range(bits.size // LANES):
-        for w in range(LANES):
-            magnitude = uint32(bits[uint64(d * LANES + w)] & _MAGNITUDE)
-            maximum[w] = max(maximum[w], magnitude)
+def _scales(bits, reciprocal, maximum, inverse, scales):
+    """bfloat16 scale (bits) of every lane, and its inverse for each element of a chunk."""
+    largest_magnitudes(bits, maximum)
     for w in range(LANES):
-        step = as_bits(as_float(maximum[w]) * reciprocal)
+        largest = maximum[w]
+        step = as_bits(as_float(largest) * reciprocal)
         scale = uint32(uint32(step + uint32(0xFFFF)) >> uint32(16))
-        inverse[w] = np.float32(1) / as_float(scale << uint32(16))
-        if maximum[w] < _TINY:
+        factor = np.float32(1) / as_float(scale << uint32(16))
+        if largest < _TINY:
             scale = uint32(0)
-            inverse[w] = np.float32(0)
-        if maximum[w] >= _INFINITY:
+            factor = np.float32(0)
+        if largest >= _INFINITY:
             scale = _NAN_SCALE
-            inverse[w] = np.float32(0)
+            factor = np.float32(0)
         scales[w] = scale
+        for row in range(CHUNK // LANES):
+            inverse[uint64(row * LANES + w)] = factor
 
 
 @numba.njit
 def _quantise(tile, inverse, qmax, codes):
-    for d in range(tile.size // LANES):
-        for w in range(LANES):
-            i = uint64(d * LANES + w)
-            q = tile[i] * inverse[w]
+    for start in range(0, tile.size, CHUNK):
+        for i in range(CHUNK):
+            q = tile[uint64(start + i)] * inverse[uint64(i)]
             # Written so that NaN becomes -qmax.
             q = q if q > -qmax else -qmax
             q = q if q < qmax else qmax
-            codes[i] = uint8(as_bits(q + _ROUNDER) & uint32(0xFF))
+            codes[uint64(start + i)] = uint8(as_bits(q + _ROUNDER) & uint32(0xFF))
 
 
 @numba.njit

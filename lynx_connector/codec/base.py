@@ -122,8 +122,8 @@ class Codec(ABC):
             values = torch.stack(
                 [cache.gather(layer, slots[part]) for layer in range(cache.num_layers)], dim=1
             )
-            for tier, rows in self.encode_values(values).items():
-                out[tier][part] = rows.cpu().numpy()
+            for tier, encoded in self.encode_values(values).items():
+                out[tier][part] = encoded.cpu().numpy()
 
     def decode(self, tiers: Sequence[Rows], cache: PagedKVCache, slots: NDArray[np.int64]) -> None:
         """Write the reconstruction of K and V into the paged cache at `slots`.

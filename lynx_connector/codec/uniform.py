@@ -20,15 +20,20 @@ from lynx_connector.codec.base import Codec, CodecError, KVGeometry, Rows, Tier
 
 
 class UniformCodec(Codec):
-    """Common part of `Int8Codec` and `Int4Codec`; `bits` is the width of one code."""
+    """Common part of `Int8Codec` and `Int4Codec`; `bits` is the width of one code.
+
+    head_dim must be a multiple of 8.
+    """
 
     tiers: ClassVar[tuple[Tier, ...]] = (Tier.ANCHOR,)
     bits: ClassVar[int]
 
     def __init__(self, geometry: KVGeometry) -> None:
         super().__init__(geometry)
-        if geometry.head_dim * self.bits % 8:
-            raise CodecError(f"codec {self.name}: head_dim {geometry.head_dim} is odd")
+        if geometry.head_dim % 8:
+            raise CodecError(
+                f"codec {self.name}: head_dim {geometry.head_dim} is not a multiple of 8"
+            )
         self._code_bytes = geometry.elements_per_token * self.bits // 8
 
     def encode_values(self, values: torch.Tensor) -> dict[Tier, torch.Tensor]:

@@ -223,6 +223,13 @@ class ConsumerWorker:
         del self._active[transfer.load.request_id]
         self._staging_used -= transfer.buffers.num_bytes
         self._release(transfer.load, cause)
+        self._events(
+            "transfer_ended",
+            transfer.load.request_id,
+            transfer.transfer_id,
+            cause=cause,
+            staging_bytes=self._staging_used,
+        )
 
     def _release(self, load: LoadRequest | ReleaseRequest, cause: str) -> None:
         if self._rank < len(load.ports):

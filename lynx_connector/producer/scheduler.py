@@ -132,7 +132,6 @@ class ProducerScheduler:
             return False, None
         if prefill.submitted < prefill.num_tokens or not _ended_normally(request):
             self._dropped.append(request.request_id)
-            self._events("released", request.request_id, prefill.transfer_id, cause="aborted")
             return prefill.opened, None
         self._events(
             "handoff",

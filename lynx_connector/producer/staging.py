@@ -92,6 +92,7 @@ class StagingStore:
                 return None
             transfer.dropped = True
             self.used_bytes -= transfer.num_bytes
+            left = self.used_bytes
             self._remember(transfer_id, f"transfer was released: {cause}")
         self._events(
             "released",
@@ -99,6 +100,7 @@ class StagingStore:
             transfer_id,
             cause=cause,
             bytes=transfer.num_bytes,
+            staging_bytes=left,
         )
         return transfer
 

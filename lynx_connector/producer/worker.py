@@ -79,10 +79,11 @@ class ProducerWorker:
         self._encoder = threading.Thread(target=self._encode_loop, name="lynx-encode", daemon=True)
         self._encoder.start()
         logger.info(
-            "lynx: serving tiers on UCX port %d (codec %s, staging %d bytes)",
+            "lynx: serving tiers on UCX port %d (codec %s, staging %d bytes, compatibility %s)",
             self.port,
             config.codec,
             config.staging_bytes,
+            identity.compat,
         )
 
     @property

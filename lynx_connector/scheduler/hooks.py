@@ -101,24 +101,28 @@ def set_seed(request: Request, seed: int) -> None:
 
 def has_room(scheduler: Scheduler, request: Request) -> bool:
     """Whether a drafting request can take its next token without another request's blocks."""
-    manager = scheduler.kv_cache_manager
-    groups = manager.coordinator.single_type_managers
-    needed = sum(
-        request.num_tokens + request.num_output_placeholders > len(ids) * group.block_size
-        for group, ids in zip(groups, manager.get_block_ids(request.request_id), strict=True)
-    )
-    return needed <= manager.block_pool.get_num_free_blocks()
+    needed = request.num_tokens + request.num_output_placeholders
+    short = sum(held < needed for held in _slots_held(scheduler, request))
+    return short <= scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
 
 
 def make_room(scheduler: Scheduler, request: Request, drafts: int) -> int:
-    """Allocate KV slots behind the prompt for `drafts` drafts, or for as many as fit.
+    """Allocate KV slots behind the prompt for `drafts` drafts; returns for how many there are.
 
     Called before `Scheduler.schedule`, so that a model that zeroes new blocks does so in the very
     step that writes them (S:1563).
     """
-    while drafts and scheduler.kv_cache_manager.allocate_slots(request, drafts) is None:
-        drafts //= 2
-    return drafts
+    if not drafts or scheduler.kv_cache_manager.allocate_slots(request, drafts) is not None:
+        return drafts
+    return min(drafts, *(n - request.num_tokens for n in _slots_held(scheduler, request)))
+
+
+def _slots_held(scheduler: Scheduler, request: Request) -> list[int]:
+    """Tokens that the request's blocks can hold, per KV cache group."""
+    manager = scheduler.kv_cache_manager
+    groups = manager.coordinator.single_type_managers
+    block_ids = manager.get_block_ids(request.request_id)
+    return [len(ids) * group.block_size for ids, group in zip(block_ids, groups, strict=True)]
 
 
 def recompute_failed_load(scheduler: Scheduler, request: Request) -> None:

@@ -140,11 +140,11 @@ class Verifying:
     in_flight: tuple[str, ...] = ()  # shadow ids, in row order; one_pass has one for all rows
     steps: int = 0
 
-    def shorten(self, drafts: int) -> None:
-        """Verify only the first `drafts` drafts (no KV slots for more)."""
-        if drafts < len(self.drafts):
-            del self.drafts[drafts:]
-            self.rows = drafts + 1
+    def shorten(self, inputs: int) -> None:
+        """Verify no further than rows that read `inputs` drafts (no KV slots for more)."""
+        if inputs < self.rows - 1:
+            del self.drafts[inputs:]
+            self.rows = inputs + 1
 
     @property
     def inputs(self) -> list[int]:

@@ -619,7 +619,7 @@ def distribution_at_temperature_one(h: Harness) -> None:
     random.seed(1)
     np.random.seed(1)
     rounds = 12 if h.v2 else 100
-    params = {"temperature": 1.0, "top_k": 3, "max_tokens": 3}
+    params = {"temperature": 1.0, "allowed_token_ids": [5, 300, 411], "max_tokens": 3}
     h.save("D")
 
     def collect(add: Callable[[], str]) -> Counter[tuple[int, ...]]:

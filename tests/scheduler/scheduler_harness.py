@@ -42,7 +42,15 @@ def prepare(flavour: str) -> None:
     if flavour.startswith("v2"):
         os.environ["TRITON_INTERPRET"] = "1"
         import triton.backends
+        from triton.runtime.interpreter import InterpreterBuilder
 
+        store = InterpreterBuilder.create_masked_store
+
+        def masked_store(self: Any, ptrs: Any, value: Any, mask: Any, *options: Any) -> Any:
+            mask.data = mask.data.astype(bool)  # a uint8 mask is fine on a GPU
+            return store(self, ptrs, value, mask, *options)
+
+        InterpreterBuilder.create_masked_store = masked_store
         driver = type("Driver", (), {"is_active": staticmethod(lambda: False)})
         triton.backends.backends.setdefault(
             "cpu", types.SimpleNamespace(driver=driver, compiler=None)

@@ -49,9 +49,10 @@ def test_unsupported_geometry_is_named(name: str) -> None:
         get_codec(name, KVGeometry(1, 0, 64, "bfloat16"))
 
 
-def test_hadamard_names_the_head_dim_it_cannot_transform() -> None:
-    with pytest.raises(CodecError, match="head_dim 100"):
-        get_codec("hadamard", KVGeometry(1, 1, 100, "bfloat16"))
+@pytest.mark.parametrize("name", ["hadamard", "int8", "int4"])
+def test_the_head_dim_that_cannot_be_encoded_is_named(name: str) -> None:
+    with pytest.raises(CodecError, match="head_dim 100 is not a multiple of 8"):
+        get_codec(name, KVGeometry(1, 1, 100, "bfloat16"))
 
 
 def test_codecs_import_without_vllm() -> None:

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One running prefill/decode pair with a router for the whole session, and what tests ask of it.
+
+The sender is limited to LINK_MBIT, so that every transfer leaves time to draft. The decode instance
+recomputes what it cannot load; a second one, started where a test needs it, fails such requests.
+"""
+
+import pytest
+
+from lynx_connector.demo.cluster import Cluster, Side
+from lynx_connector.demo.link import loopback
+from lynx_connector.demo.model import ensure_model
+
+from .pair import DecodeOnly, Pair, transfer_flag
+
+LINK_MBIT = 20
+PREFILL_CHUNK = 512
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "integration" in item.path.parts:
+            item.add_marker(pytest.mark.integration)
+
+
+@pytest.fixture(scope="session")
+def model():
+    return ensure_model()
+
+
+@pytest.fixture(scope="session")
+def pair(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pair")
+    lynx = {"events_file": str(folder / "events-decode.jsonl"), "transfer_timeout_seconds": 20}
+    cluster = Cluster(
+        model,
+        folder,
+        link=loopback(LINK_MBIT),
+        dtype="float32",
+        prefill=Side(
+            vllm_args=["--max-num-batched-tokens", str(PREFILL_CHUNK), "--served-model-name", "m"]
+        ),
+        decode=Side(
+            vllm_args=[
+                *transfer_flag("kv_consumer", "recompute", lynx),
+                "--max-num-seqs",
+                "12",
+                "--served-model-name",
+                "m",
+            ]
+        ),
+    )
+    with cluster:
+        cluster.start()
+        yield Pair(cluster)
+
+
+@pytest.fixture(scope="session")
+def strict_decode(model, pair, tmp_path_factory):
+    """A decode instance of the same model with kv_load_failure_policy 'fail'."""
+    with DecodeOnly(model, tmp_path_factory.mktemp("strict")) as decode:
+        yield decode
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(request):
+    """After every test: no blocks, no staging bytes, no transfers, no spare endpoints."""
+    yield
+    if "pair" in request.fixturenames:
+        request.getfixturevalue("pair").assert_idle()
