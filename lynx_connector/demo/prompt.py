@@ -8,46 +8,49 @@ from typing import Any
 
 import lynx_connector
 
-INSTRUCTION = "Read this text about a software project.\n\n"
-QUESTION = "\n\nExplain in your own words what this project does and how it works."
+INSTRUCTION = "Read this text.\n\n"
+QUESTION = "\n\nList the most important points of the text, with a sentence about each."
 
 
 class PromptError(RuntimeError):
     """There is not enough text for the prompt that was asked for."""
 
 
-def text_files() -> list[Path]:
-    """Papers of the repository, best first, then sources; in an installed package the sources."""
+def project_text() -> tuple[str, str]:
+    """(text to cut to length, text to keep whole): papers and sources, and the licence.
+
+    An installed package has no papers and no licence beside it: its sources then are the text.
+    """
     package = Path(lynx_connector.__file__).parent
     root = package.parent
-    papers: list[Path] = []
+    papers, licence = [], ""
     if (root / "pyproject.toml").exists():
         papers = [root / "README.md", root / "docs" / "architecture.md"]
-        papers += sorted((root / "docs").rglob("*.md")) + sorted(root.glob("*.md"))
-    sources = sorted(package.rglob("*.py"))
-    return [file for file in dict.fromkeys(papers + sources) if file.is_file()]
+        papers += sorted(root.glob("*.md")) + sorted((root / "docs").rglob("*.md"))
+        licence = (root / "LICENSE").read_text()
+    files = [file for file in dict.fromkeys(papers) if file.is_file()]
+    files += sorted(package.rglob("*.py"))
+    return "\n\n".join(file.read_text() for file in files), licence
 
 
 def chat_prompt(model: str, tokens: int) -> list[dict[str, str]]:
-    """Chat messages that come to about `tokens` tokens (never fewer, at most about 1 % more).
+    """Chat messages of `tokens` tokens, give or take a few where texts join.
 
     Raises:
-        PromptError: the project's text is shorter than that.
+        PromptError: the project's text is shorter than that, or its licence longer.
     """
     from transformers import AutoTokenizer  # takes seconds
 
     tokenizer = AutoTokenizer.from_pretrained(model)
-    frame = _count(tokenizer, _messages(""))
-    text = "\n\n".join(file.read_text() for file in text_files())
+    text, licence = project_text()
+    if licence:
+        licence = "\n\n" + licence
     ids = tokenizer.encode(text, add_special_tokens=False)
-    # Where the cut text joins the question, a few tokens merge.
-    wanted = tokens - frame + 4
-    if wanted > len(ids):
-        raise PromptError(
-            f"the project's text has {len(ids)} tokens, the prompt needs {wanted}: "
-            "ask for fewer by --prompt-tokens"
-        )
-    return _messages(tokenizer.decode(ids[:wanted]))
+    wanted = tokens - _count(tokenizer, _messages(licence))
+    if not 0 <= wanted <= len(ids):
+        least, most = tokens - wanted, tokens - wanted + len(ids)
+        raise PromptError(f"--prompt-tokens {tokens}: the text at hand gives {least} to {most}")
+    return _messages(tokenizer.decode(ids[:wanted]) + licence)
 
 
 def _messages(text: str) -> list[dict[str, str]]:

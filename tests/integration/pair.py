@@ -100,6 +100,7 @@ class Pair(DecodeServer):
         self.prefill_url = cluster.prefill.url
         self.events_path = cluster.events_file(Role.DECODE)
         self.prefill_events = cluster.events_file(Role.PREFILL)
+        self._abandoned: set[str] = set()
 
     def prefill(self, text: str | list[int], **body: Any) -> dict[str, Any]:
         """The prefill leg as routers send it; returns kv_transfer_params."""
@@ -178,6 +179,17 @@ class Pair(DecodeServer):
         with ThreadPoolExecutor(len(calls)) as pool:
             return [future.result() for future in [pool.submit(call) for call in calls]]
 
+    def prefill_events_of(self, transfer: str) -> list[dict[str, Any]]:
+        """The producer's events of one transfer."""
+        events = [json.loads(line) for line in self.prefill_events.read_text().splitlines()]
+        return [event for event in events if event["transfer"] == transfer]
+
+    def restart_prefill(self) -> None:
+        """Start the killed prefill server again; what it had staged died with it."""
+        self._abandoned |= {event["transfer"] for event in self._prefill("chunk_encoded")}
+        self.cluster.prefill.start()
+        self.cluster.prefill.wait_ready(300)
+
     # ---- nothing left -------------------------------------------------------------------
 
     def assert_idle(self, seconds: float = 20.0) -> None:
@@ -200,7 +212,8 @@ class Pair(DecodeServer):
             if ended and ended[-1]["staging_bytes"]:
                 left.append(f"{path.name}: {ended[-1]}")
         handed = {e["transfer"] for e in self._prefill("chunk_encoded")}
-        if open_transfers := handed - {e["transfer"] for e in self._prefill("released")}:
+        released = {e["transfer"] for e in self._prefill("released")}
+        if open_transfers := handed - released - self._abandoned:
             left.append(f"staged transfers: {open_transfers}")
         return left
 
