@@ -64,6 +64,11 @@ class ProducerScheduler:
             self._prefills[request.request_id] = _Prefill(
                 uuid.uuid4().hex, request.num_prompt_tokens
             )
+            # The prefill's own token is thrown away, so its seed decides nothing; and a seeded
+            # request whose prefill takes several chunks kills vLLM 0.32's CPU engine ("CPU
+            # Generator does not use offset", v1/worker/gpu_model_runner.py, _bookkeeping_sync).
+            if request.sampling_params is not None:
+                request.sampling_params.seed = None
             self._events(
                 "prefill_started",
                 request.request_id,

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import NewRequestData
-from vllm.v1.request import RequestStatus
 
 from lynx_connector.scheduler import shadows
 
@@ -289,13 +288,3 @@ def inject(
             result, req_id_to_index=index, sampled_token_ids=sampled, logprobs=logprobs
         ),
     )
-
-
-def is_loading(request: Request) -> bool:
-    """Whether the request's asynchronous load has not been promoted yet."""
-    return request.status == RequestStatus.WAITING_FOR_REMOTE_KVS
-
-
-def is_running(request: Request) -> bool:
-    """Whether the request is in `scheduler.running`."""
-    return request.status == RequestStatus.RUNNING

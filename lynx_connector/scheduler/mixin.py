@@ -17,6 +17,7 @@ from vllm.logger import init_logger
 from vllm.sampling_params import SamplingType
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import RequestStatus
 
 from lynx_connector.scheduler import grammar, hooks, startup
 from lynx_connector.scheduler.states import Drafting, PauseReason, Verifying, VerifyPath
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 else:
     _Base = object
 
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")  # below "vllm": its handler and format
 
 
 class SpeculativeStartMixin(_Base):
@@ -108,9 +109,10 @@ class SpeculativeStartMixin(_Base):
 
     def _advance(self, request: Request, drafting: Drafting) -> None:
         """Take one drafting request as far as what has come in since the last step allows."""
-        running = hooks.is_running(request)
+        running = request.status == RequestStatus.RUNNING
         if request.request_id in self.failed_recving_kv_req_ids:
             # vLLM recomputes a failed load; of a lossy one it must not keep a valid beginning.
+            self._report_failure(request.request_id, "the anchor did not arrive")
             request.num_computed_tokens = 0
             del self._drafting[request.request_id]
         elif drafting.failure is not None:
@@ -188,9 +190,10 @@ class SpeculativeStartMixin(_Base):
         return [], False  # held back: no output, no stop
 
     def _draft(self, request: Request, drafting: Drafting, token: int) -> None:
-        if not drafting.drafts:
+        reason = drafting.append(token)
+        if len(drafting.drafts) == 1:
             self._port.event("drafting", request.request_id)
-        if drafting.append(token) is not None:
+        if reason is not None:
             return
         request.append_output_token_ids(token)
         if request.use_structured_output:
@@ -241,10 +244,10 @@ class SpeculativeStartMixin(_Base):
         """End or recompute a request that will never be refined, as soon as its status allows."""
         if not self.recompute_kv_load_failures:
             hooks.finish_with_error(self, request)
-        elif hooks.is_running(request):
+        elif request.status == RequestStatus.RUNNING:
             self.running.remove(request)
             self._preempt_request(request, time.monotonic(), drop_stale_output=True)
-        elif hooks.is_loading(request):
+        elif request.status == RequestStatus.WAITING_FOR_REMOTE_KVS:
             hooks.recompute_failed_load(self, request)
             self._port.cancel(request.request_id)
             del self._drafting[request.request_id]

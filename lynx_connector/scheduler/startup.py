@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from lynx_connector.scheduler.port import SpeculationPort
 
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")
 
 _PATH = "lynx_connector.scheduler"
 
@@ -36,7 +36,9 @@ def find_port(scheduler: Scheduler) -> SpeculationPort | None:
     """
     connector = scheduler.connector
     if connector is None:
-        logger.warning("No KV connector is configured: %s works as vLLM's own.", type(scheduler))
+        logger.warning(
+            "No KV connector is configured: %s works as vLLM's own.", type(scheduler).__name__
+        )
         return None
     if not hasattr(connector, "speculation"):
         raise ConfigError(

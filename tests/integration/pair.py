@@ -144,10 +144,6 @@ class Pair(DecodeServer):
             assert time.monotonic() < deadline, "blocks are still held"
             time.sleep(0.1)
 
-    def forget_quietly(self) -> None:
-        """Try to empty the prefix cache while other requests may run."""
-        httpx.post(self.url + "/reset_prefix_cache", timeout=30, trust_env=False)
-
     def preempt_everything(self) -> None:
         """Preempt all running requests of the decode side."""
         httpx.post(

@@ -4,7 +4,8 @@
 A request with `kv_transfer_params` {"save": KEY} stores its prompt's KV under KEY; one with
 {"load": KEY, ...} gets it back: after `anchor_delay` steps rounded to `bits` bits, after
 `residual_delay` steps exactly, or with `fail` instead a failed residual. Steps count from the
-allocation of the load. `fail_early` reports the failure before the anchor lands.
+allocation of the load. `fail_early` reports the failure before the anchor lands, `lose_anchor` has
+the anchor itself fail.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ class Load:
     bits: int
     fail: bool
     fail_early: bool
+    lose_anchor: bool
     age: int = 0
     anchored: bool = False
 
@@ -98,6 +100,7 @@ class FakeTransferConnector(KVConnectorBase_V1):
         self._loads: dict[str, Load] = {}
         self._report = Report()
         self._received: set[str] = set()
+        self._lost: set[str] = set()
         self._sent: set[str] = set()
 
     @property
@@ -138,6 +141,7 @@ class FakeTransferConnector(KVConnectorBase_V1):
                 params.get("bits", 4),
                 params.get("fail", False),
                 params.get("fail_early", False),
+                params.get("lose_anchor", False),
             )
         )
         self.speculation.started.append(request.request_id)
@@ -187,6 +191,11 @@ class FakeTransferConnector(KVConnectorBase_V1):
         load.age += 1
         if load.fail_early and load.age == 1:
             self._report.failed.append(load.request_id)
+        if load.lose_anchor and load.age >= load.anchor_delay:
+            del self._loads[load.request_id]
+            self._lost.add(load.request_id)
+            self._received.add(load.request_id)
+            return
         if not load.anchored and load.age >= load.anchor_delay:
             self._write(load, load.bits)
             load.anchored = True
@@ -207,9 +216,11 @@ class FakeTransferConnector(KVConnectorBase_V1):
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
         results = KVConnectorTransferResults(
-            finished_sending=self._sent, finished_recving=self._received
+            finished_sending=self._sent,
+            finished_recving=self._received,
+            failed_recving=self._lost,
         )
-        self._sent, self._received = set(), set()
+        self._sent, self._received, self._lost = set(), set(), set()
         return results
 
     def build_connector_worker_meta(self) -> Report | None:

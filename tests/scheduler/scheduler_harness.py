@@ -138,7 +138,7 @@ class Harness:
             "residual_delay": residual,
             "bits": bits,
         }
-        for key in ("fail", "fail_early"):
+        for key in ("fail", "fail_early", "lose_anchor"):
             transfer[key] = params.pop(key, False)
         self.save(prompt)
         return self.add(prompt, transfer, **params)
@@ -206,6 +206,7 @@ class Harness:
             self.core.step_fn()
         scheduler = self.scheduler
         scheduler._verifier.__dict__.pop("start", None)
+        scheduler._verifier._opaque = False
         assert not scheduler.requests
         assert not scheduler._drafting
         assert not scheduler._restoring
