@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 
 VLLM = "0.32"
@@ -225,13 +226,15 @@ class PipError(SetupError):
 def pip(*arguments):
     """Run the environment's pip; a short progress on screen, everything in the log."""
     # --user and externally-managed settings of the outer Python have no place in a venv.
-    environment = dict(os.environ, PIP_USER="0", PIP_DISABLE_PIP_VERSION_CHECK="1")
+    environment = dict(
+        os.environ, PIP_USER="0", PIP_DISABLE_PIP_VERSION_CHECK="1", PIP_PROGRESS_BAR="off"
+    )
     environment.pop("PYTHONHOME", None)
     lines = []
     with open(LOG, "a") as log:
         log.write(f"$ pip {' '.join(arguments)}\n")
         process = subprocess.Popen(
-            [PYTHON, "-m", "pip", *arguments, "--progress-bar=off"],
+            [PYTHON, "-m", "pip", *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -242,7 +245,7 @@ def pip(*arguments):
             for line in process.stdout:
                 log.write(line)
                 lines.append(line)
-                progress.show(line)
+                progress.take(line)
         finally:
             if process.poll() is None:
                 # Here on Ctrl-C too: pip then has had the same signal.
@@ -276,34 +279,38 @@ def explain_pip(tail, output):
 class Progress:
     """pip's work as one line that changes on a terminal, and as a line now and then elsewhere."""
 
-    _QUIET_SECONDS = 20
-
     def __init__(self):
         self._terminal = sys.stdout.isatty()
-        self._started = self._last = time.monotonic()
+        self._seconds = 1 if self._terminal else 20
+        self._started = time.monotonic()
         self._packages = 0
+        self._what = "starting pip"
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._beat, daemon=True)
+        self._thread.start()
 
-    def show(self, line):
+    def take(self, line):
         """Take one line of pip's output."""
         if line.startswith("Collecting "):
             self._packages += 1
-            what = f"package {self._packages}: {line.split()[1]}"
+            self._what = f"package {self._packages}: {line.split()[1]}"
         elif line.lstrip().startswith(("Downloading ", "Installing collected")):
-            what = line.strip()
-        else:
-            return
-        now = time.monotonic()
-        if self._terminal:
-            width = shutil.get_terminal_size().columns - 1
-            text = f"      {now - self._started:3.0f} s  {what}"
-            sys.stdout.write("\r\033[K" + text[:width])
-            sys.stdout.flush()
-        elif now - self._last > self._QUIET_SECONDS:
-            self._last = now
-            say(f"      {now - self._started:3.0f} s  {what[:100]}")
+            self._what = line.strip()
 
     def end(self):
-        """Clear the line."""
+        """Show no more."""
+        self._ended.set()
+        self._thread.join()
+
+    def _beat(self):
+        while not self._ended.wait(self._seconds):
+            text = f"      {time.monotonic() - self._started:3.0f} s  {self._what}"
+            if self._terminal:
+                width = shutil.get_terminal_size().columns - 1
+                sys.stdout.write("\r\033[K" + text[:width])
+                sys.stdout.flush()
+            else:
+                say(text[:110])
         if self._terminal:
             sys.stdout.write("\r\033[K")
 

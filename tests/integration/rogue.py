@@ -26,10 +26,11 @@ def compatibility_of(log: Path) -> str:
 class RogueProducer:
     """Stages noise under the right identity (or a wrong one) and hands it over."""
 
-    def __init__(self, compat: str, link_mbit: float = 0.0, lease: float = 60.0):
+    def __init__(
+        self, loop: TransportLoop, compat: str, link_mbit: float = 0.0, lease: float = 60.0
+    ):
         self._events = EventLog(None, "rogue")
-        self.loop = TransportLoop("tcp,self")
-        self.loop.start()
+        self.loop = loop
         self.store = StagingStore(1 << 30, lease, self._events)
         identity = Identity(compat, "rogue/0")
         self.server = TierServer(self.store, identity, self._events, 1 << 20, link_mbit)
@@ -52,7 +53,6 @@ class RogueProducer:
 
     def close(self) -> None:
         self.loop.run(self.server.stop())
-        self.loop.stop()
 
 
 def handoff(transfer_id: str, num_tokens: int, port: int, **lynx: object) -> dict:

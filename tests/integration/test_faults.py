@@ -5,6 +5,8 @@ Each fault meets a decode instance that recomputes and one that fails the reques
 with request, peer and cause, and go on serving.
 """
 
+import time
+
 import httpx
 import pytest
 
@@ -22,15 +24,15 @@ def compat(pair):
 
 
 @pytest.fixture
-def rogue(compat):
-    producer = RogueProducer(compat, link_mbit=40)
+def rogue(ucx_loop, compat):
+    producer = RogueProducer(ucx_loop, compat, link_mbit=40)
     yield producer
     producer.close()
 
 
 @pytest.fixture(scope="module")
-def other_model():
-    producer = RogueProducer("0" * 32)
+def other_model(ucx_loop):
+    producer = RogueProducer(ucx_loop, "0" * 32)
     yield producer
     producer.close()
 
@@ -148,10 +150,8 @@ def test_corrupt_residual_while_drafting(pair, strict_decode, reference, rogue, 
     assert rogue.store.used_bytes == 0
 
 
-def test_expired_lease(pair, strict_decode, reference, compat):
-    import time
-
-    producer = RogueProducer(compat, lease=0.1)
+def test_expired_lease(pair, strict_decode, reference, ucx_loop, compat):
+    producer = RogueProducer(ucx_loop, compat, lease=0.1)
     try:
 
         def expired():

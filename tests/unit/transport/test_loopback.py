@@ -16,7 +16,6 @@ from lynx_connector.producer.staging import StagedTransfer, StagingStore
 from lynx_connector.transfer import TierBuffers, TokenRange, plan_pieces
 from lynx_connector.transport.client import TierClient
 from lynx_connector.transport.handshake import Identity
-from lynx_connector.transport.loop import TransportLoop
 from lynx_connector.transport.server import TierServer
 
 GEOMETRY = KVGeometry(2, 2, 64, "float32")
@@ -24,12 +23,9 @@ TOKENS = 100
 NO_EVENTS = EventLog(None, "test")
 
 
-@pytest.fixture(scope="module")
-def loop():
-    loop = TransportLoop("tcp,self")
-    loop.start()
-    yield loop
-    loop.stop()
+@pytest.fixture
+def loop(ucx_loop):
+    return ucx_loop
 
 
 class Pair:
