@@ -109,8 +109,10 @@ def resolve_start(config: LynxConfig, vllm_config: "VllmConfig") -> bool:
         ConfigError: `start: speculative` without LynxScheduler.
     """
     scheduler_cls = vllm_config.scheduler_config.scheduler_cls
-    name = scheduler_cls if isinstance(scheduler_cls, str) else getattr(
-        scheduler_cls, "__qualname__", ""
+    name = (
+        scheduler_cls
+        if isinstance(scheduler_cls, str)
+        else getattr(scheduler_cls, "__qualname__", "")
     )
     present = bool(name) and name.rsplit(".", 1)[-1] in ("LynxScheduler", "LynxAsyncScheduler")
     kv_transfer = vllm_config.kv_transfer_config

@@ -42,7 +42,7 @@ class LynxConfig(BaseModel):
         StartMode.AUTO,
         description="Consumer: `speculative` starts on the anchor (needs LynxScheduler), "
         "`blocking` waits for the final tier, `auto` is speculative where LynxScheduler runs. "
-        "A request overrides it with `vllm_xargs: {\"lynx_start\": ...}`.",
+        'A request overrides it with `vllm_xargs: {"lynx_start": ...}`.',
     )
     draft_limit: Annotated[int, Field(ge=1, le=1024)] = Field(
         64, description="Consumer: most tokens drafted before verification, per request."

@@ -30,7 +30,7 @@ Count = Annotated[int, Meta(ge=0, le=1 << 40)]
 Nonce = Annotated[bytes, Meta(max_length=64)]
 
 
-class Message(msgspec.Struct, tag=True, forbid_unknown_fields=True, frozen=True):
+class Message(msgspec.Struct, tag=True, forbid_unknown_fields=True):
     """Base of all control messages; the struct's name is the tag."""
 
 
@@ -154,7 +154,7 @@ def decode(slot: bytes | bytearray | memoryview) -> AnyMessage:
         raise ProtocolError(f"malformed control message: {error}") from None
 
 
-class LynxParams(msgspec.Struct, forbid_unknown_fields=False, frozen=True):
+class LynxParams(msgspec.Struct, forbid_unknown_fields=False):
     """What travels under the key `lynx` of `kv_transfer_params`.
 
     Unknown fields are ignored, so that a newer producer can add some without a new version.
@@ -168,7 +168,7 @@ class LynxParams(msgspec.Struct, forbid_unknown_fields=False, frozen=True):
     ports: Annotated[list[Annotated[int, Meta(ge=1, le=65535)]], Meta(min_length=1, max_length=512)]
 
 
-class Handoff(msgspec.Struct, forbid_unknown_fields=False, frozen=True):
+class Handoff(msgspec.Struct, forbid_unknown_fields=False):
     """The prefill's reply in the NIXL shape, as a decode instance reads it.
 
     Source of the shape: vllm/distributed/kv_transfer/kv_connector/v1/nixl/pull_scheduler.py.

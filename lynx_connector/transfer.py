@@ -110,7 +110,9 @@ class TierBuffers:
                 start += step
 
 
-def slots_of(tokens: TokenRange, block_ids: list[int], first_block: int, block_size: int):
+def slots_of(
+    tokens: TokenRange, block_ids: list[int], first_block: int, block_size: int
+) -> np.ndarray:
     """Slot (block_id * block_size + offset) of every token, int64 [tokens].
 
     `block_ids[0]` holds the tokens from `first_block * block_size` on.

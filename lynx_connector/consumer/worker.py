@@ -9,7 +9,6 @@ forward ever reads a block while it is patched, and blocks freed by an abort are
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
 
 from lynx_kernels.paged import PagedKVCache
 
@@ -155,9 +154,7 @@ class ConsumerWorker:
         transfer = InboundTransfer(load, buffers, slots)
         self._active[load.request_id] = transfer
         address = (load.host, load.ports[self._rank])
-        self._loop.post(
-            self._client.fetch, address, transfer, load.first_token, load.num_tokens
-        )
+        self._loop.post(self._client.fetch, address, transfer, load.first_token, load.num_tokens)
 
     def _advance(self, transfer: InboundTransfer, deadline: float) -> None:
         failure = transfer.failure

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Encoded tiers in bounded host memory, from the prefill's first chunk to the consumer's release."""
+"""Encoded tiers in bounded host memory, from a prefill's first chunk to the consumer's release."""
 
 import threading
 import time

@@ -28,8 +28,6 @@ from lynx_connector.transport.server import TierServer
 logger = logging.getLogger("vllm.lynx.producer")
 
 
-
-
 @dataclass
 class _Job:
     transfer: StagedTransfer

@@ -4,7 +4,8 @@
 import asyncio
 import logging
 import time
-from typing import Protocol
+from collections.abc import Coroutine
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -105,7 +106,7 @@ class TierClient:
             if self._peers.get(peer.address) is peer:
                 del self._peers[peer.address]
 
-    def _spawn(self, coroutine) -> None:
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = asyncio.ensure_future(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

@@ -2,6 +2,7 @@
 """Messages and payloads over one UCX endpoint."""
 
 import asyncio
+import contextlib
 from typing import Any
 
 import numpy as np
@@ -36,10 +37,14 @@ class Connection:
         Raises:
             ConnectionError: if the peer is gone.
         """
-        parts = [protocol.encode(message)] if payload is None else [
-            protocol.encode(message),
-            payload,
-        ]
+        parts = (
+            [protocol.encode(message)]
+            if payload is None
+            else [
+                protocol.encode(message),
+                payload,
+            ]
+        )
         # Tasks start in creation order, which fixes the order on the wire.
         posts = [asyncio.ensure_future(self._endpoint.send(part)) for part in parts]
         try:
@@ -57,7 +62,7 @@ class Connection:
             ProtocolError: if it is not a valid message.
         """
         await self._receive_into(self._slot)
-        return protocol.decode(memoryview(self._slot))
+        return protocol.decode(self._slot.data)
 
     async def receive_payload(self, frame: protocol.Frame, buffer: np.ndarray) -> None:
         """Receive the payload announced by `frame` straight into `buffer` (uint8, exact size)."""
@@ -82,7 +87,5 @@ class Connection:
 
     async def close(self) -> None:
         """Close the endpoint; what is under way ends with an error on both sides."""
-        try:
+        with contextlib.suppress(Exception):  # UCX reports a peer that closed first as an error
             await self._endpoint.close(period=CLOSE_NANOSECONDS)
-        except Exception:  # noqa: S110 - UCX reports a peer that closed first as an error
-            pass

@@ -10,12 +10,15 @@ import hashlib
 import hmac
 import secrets
 from dataclasses import dataclass
+from typing import TypeVar
 
 from lynx_connector import __version__, protocol
 from lynx_connector.errors import AuthenticationError, ProtocolError
 from lynx_connector.transport.connection import Connection
 
 HANDSHAKE_SECONDS = 10.0
+
+M = TypeVar("M", bound=protocol.Message)
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,9 @@ class Identity:
 def _proof(secret: bytes | None, direction: bytes, *parts: bytes) -> bytes:
     if secret is None:
         return b""
-    return hmac.new(secret, b"lynx-1|" + direction + b"|" + b"|".join(parts), hashlib.sha256).digest()
+    return hmac.new(
+        secret, b"lynx-1|" + direction + b"|" + b"|".join(parts), hashlib.sha256
+    ).digest()
 
 
 def _check(secret: bytes | None, proof: bytes, expected: bytes) -> None:
@@ -108,7 +113,7 @@ async def welcome(connection: Connection, own: Identity) -> protocol.Hello:
             raise
 
 
-def _expect(message: protocol.AnyMessage, kind: type) -> protocol.AnyMessage:
+def _expect(message: protocol.AnyMessage, kind: type[M]) -> M:
     if isinstance(message, protocol.Refused):
         raise ProtocolError(f"peer refused: {message.cause}")
     if not isinstance(message, kind):

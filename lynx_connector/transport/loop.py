@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One thread with one asyncio loop and one UCX context for everything this worker sends or receives.
+"""One thread with one asyncio loop and one UCX context for all that this worker sends or receives.
 
 UCX progresses in a thread of its own that sleeps in epoll, and completions reach the loop as
 futures: an idle worker costs about 2 % of a core (`ucxx`'s other modes poll).

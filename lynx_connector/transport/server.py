@@ -186,9 +186,7 @@ class _Session:
 
     def _release(self, release: protocol.Release) -> None:
         self._streams = [
-            stream
-            for stream in self._streams
-            if stream.transfer.transfer_id != release.transfer_id
+            stream for stream in self._streams if stream.transfer.transfer_id != release.transfer_id
         ]
         self._server._store.drop(release.transfer_id, release.cause)
 

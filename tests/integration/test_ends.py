@@ -46,10 +46,13 @@ def test_client_of_the_prefill_gone(pair):
 
     async def run():
         async with httpx.AsyncClient(timeout=TIMEOUT, trust_env=False) as client:
-            body = {"model": "m", "prompt": text, "max_tokens": 1, "kv_transfer_params": PREFILL_LEG}
-            task = asyncio.create_task(
-                client.post(pair.prefill_url + "/v1/completions", json=body)
-            )
+            body = {
+                "model": "m",
+                "prompt": text,
+                "max_tokens": 1,
+                "kv_transfer_params": PREFILL_LEG,
+            }
+            task = asyncio.create_task(client.post(pair.prefill_url + "/v1/completions", json=body))
             await asyncio.sleep(1.0)
             task.cancel()
 

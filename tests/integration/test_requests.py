@@ -115,7 +115,7 @@ def test_sampling_keeps_the_distribution(pair, seeded):
 
         counts = Counter()
         for base in range(0, count, 10):
-            counts.update(pair.many([lambda i=i: one(base + i) for i in range(10)]))
+            counts.update(pair.many([lambda i=i: one(i) for i in range(base, base + 10)]))
         return counts
 
     since = pair.mark()

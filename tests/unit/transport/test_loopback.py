@@ -226,7 +226,7 @@ def test_secrets(loop, producer, consumer, cause):
     pair.server._identity = Identity("compat", "p/0", producer)
     pair.stage()
     inbound = pair.fetch()
-    until(lambda: inbound.refined or inbound.failure or not drain(inbound) and inbound.refined)
+    until(lambda: inbound.refined or inbound.failure or (not drain(inbound) and inbound.refined))
     assert (inbound.failure is None) if cause is None else (cause in inbound.failure)
     pair.close()
 
