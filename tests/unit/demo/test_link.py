@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The shaped link: its rate, and that nothing of it stays."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+from lynx_connector.demo import link as link_module
+from lynx_connector.demo.link import LinkError, loopback, netns_obstacle, open_link
+
+OBSTACLE = netns_obstacle()
+needs_root = [
+    pytest.mark.root,
+    pytest.mark.skipif(OBSTACLE is not None, reason=f"no namespaces here: {OBSTACLE}"),
+]
+SENDER = """
+import socket, sys
+with socket.create_server((sys.argv[1], 5001)) as server:
+    print("listening", flush=True)
+    connection, _ = server.accept()
+    with connection:
+        connection.sendall(bytes(int(sys.argv[2])))
+"""
+RECEIVER = """
+import socket, sys
+with socket.create_connection((sys.argv[1], 5001)) as connection:
+    while connection.recv(1 << 20):
+        pass
+"""
+
+
+def ours() -> str:
+    shown = [
+        subprocess.run(command, capture_output=True, text=True).stdout
+        for command in (["ip", "netns", "list"], ["ip", "-brief", "link"])
+    ]
+    return "\n".join(line for text in shown for line in text.splitlines() if line[:2] in "lynx lx")
+
+
+def my_leftovers() -> list[str]:
+    import os
+
+    pid = str(os.getpid())
+    shown = subprocess.run("ip netns list; ip -brief link", shell=True, capture_output=True)
+    lines = shown.stdout.decode().splitlines()
+    return [line for line in lines if line.startswith((f"lynx-{pid}-", f"lx{pid}"))]
+
+
+@pytest.mark.parametrize("mark", [pytest.param(None, marks=needs_root)])
+def test_the_link_keeps_its_rate(mark):
+    size = 5_000_000
+    with open_link(100) as link:
+        assert (link.kind, link.sender_mbit) == ("netns", 0)
+        command = [*link.prefill.prefix, sys.executable, "-c", SENDER, link.prefill.kv_host]
+        with subprocess.Popen([*command, str(size)], stdout=subprocess.PIPE, text=True) as sender:
+            assert sender.stdout.readline() == "listening\n"
+            receiver = [*link.decode.prefix, sys.executable, "-c", RECEIVER, link.prefill.kv_host]
+            started = time.monotonic()
+            subprocess.run(receiver, check=True)
+            seconds = time.monotonic() - started
+    # Never faster than the link but for its burst, and not so slow that it would not be the link.
+    assert 0.9 * size * 8 / 100e6 < seconds < 5 * size * 8 / 100e6
+    assert my_leftovers() == []
+
+
+@pytest.mark.parametrize("mark", [pytest.param(None, marks=needs_root)])
+def test_the_link_is_removed_when_its_user_fails(mark):
+    with pytest.raises(KeyboardInterrupt), open_link(10):
+        assert len(my_leftovers()) >= 4
+        raise KeyboardInterrupt
+    assert my_leftovers() == []
+
+
+@pytest.mark.parametrize("mark", [pytest.param(None, marks=needs_root)])
+def test_a_link_that_cannot_be_made_falls_back_and_leaves_nothing(mark, monkeypatch):
+    real = link_module._run
+
+    def refuse_shaping(*command, check=True):
+        if "tc" in command:
+            raise LinkError("no tbf in this kernel")
+        return real(*command, check=check)
+
+    monkeypatch.setattr(link_module, "_run", refuse_shaping)
+    with open_link(100) as link:
+        assert link.kind == "loopback"
+        assert "no tbf" in link.note
+        assert my_leftovers() == []
+
+
+def test_without_root_the_sender_keeps_the_rate(monkeypatch):
+    monkeypatch.setattr(link_module.os, "geteuid", lambda: 1000)
+    with open_link(200) as link:
+        assert (link.kind, link.mbit, link.sender_mbit) == ("loopback", 200, 200)
+        assert "not root" in link.note
+
+
+def test_a_missing_tool_is_named(monkeypatch):
+    monkeypatch.setattr(link_module.os, "geteuid", lambda: 0)
+    monkeypatch.setattr(link_module.shutil, "which", lambda tool: None if tool == "tc" else tool)
+    assert "no tc" in netns_obstacle()
+    assert "iproute2" in netns_obstacle()
+
+
+def test_loopback_without_limit():
+    link = loopback(0)
+    assert link.sender_mbit == 0
+    assert "no rate limit" in link.note
