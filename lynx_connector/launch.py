@@ -103,8 +103,8 @@ def _given_flags(vllm_args: Sequence[str]) -> Iterator[str]:
 def _value(vllm_args: Sequence[str], flag: str) -> str | None:
     """The last value given to `flag`, as `--flag value` or `--flag=value`."""
     found = None
-    for argument, following in zip(vllm_args, [*vllm_args[1:], ""], strict=True):
+    for index, argument in enumerate(vllm_args):
         name, equals, value = argument.partition("=")
         if name.replace("_", "-") == flag:
-            found = value if equals else following
+            found = value if equals else "".join(vllm_args[index + 1 : index + 2])
     return found

@@ -43,7 +43,7 @@ def demo(
     ] = True,
 ) -> None:
     """Two vLLM servers and a router here: one long prompt, speculative start against blocking."""
-    from lynx_connector.cli.demo import run
+    from lynx_connector.cli.run_demo import run
 
     run(link_mbit, out, model, dtype, prompt_tokens, output_tokens, namespaces)
 
@@ -55,7 +55,7 @@ def serve(
     model: Annotated[str, typer.Argument(help="Model folder or hub name.")],
 ) -> None:
     """Run `vllm serve MODEL` with the flags that the role needs. Any flag of vLLM may follow."""
-    from lynx_connector.cli.serve import run
+    from lynx_connector.cli.run_serve import run
 
     run(role, model, context.args)
 
@@ -69,6 +69,6 @@ def doctor(
     json_output: Annotated[bool, typer.Option("--json", help="JSON instead of lines.")] = False,
 ) -> None:
     """Check this machine: versions, UCX, memory, ports, and a peer. Exit status 1 if one fails."""
-    from lynx_connector.cli.doctor import run
+    from lynx_connector.cli.run_doctor import run
 
     run(peer, json_output)

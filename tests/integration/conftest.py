@@ -13,7 +13,7 @@ from lynx_connector.demo.model import ensure_model
 
 from .pair import DecodeOnly, Pair, transfer_flag
 
-LINK_MBIT = 20
+LINK_MBIT = 40
 PREFILL_CHUNK = 512
 
 

@@ -17,18 +17,17 @@ def test_twenty_prompts_of_64_tokens(pair):
     texts = [prompt(seed, items=12 + seed) for seed in range(PROMPTS)]
     body = {"max_tokens": OUTPUT_TOKENS, "ignore_eos": True}
 
-    def reference(text):
-        return pair.lynx(text, vllm_xargs={"lynx_start": "blocking"}, **body)
+    def answer_all(at_once, **extra):
+        answers = []
+        for start in range(0, PROMPTS, at_once):
+            some = texts[start : start + at_once]
+            answers += pair.many([lambda t=t: pair.lynx(t, **body, **extra) for t in some])
+        pair.forget()
+        return answers
 
-    expected = [
-        answer
-        for start in range(0, PROMPTS, 10)
-        for answer in pair.many([lambda t=t: reference(t) for t in texts[start : start + 10]])
-    ]
-    pair.forget()
+    expected = answer_all(10, vllm_xargs={"lynx_start": "blocking"})
     since = pair.mark()
-    answers = [pair.lynx(text, **body) for text in texts]
-    pair.forget()
+    answers = answer_all(4)
     for text, ours, theirs in zip(texts, answers, expected, strict=True):
         assert tokens(ours) == tokens(theirs), text[:40]
     verified = pair.events(since, "verified")

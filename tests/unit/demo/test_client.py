@@ -79,5 +79,5 @@ def test_a_stream_that_breaks_off_is_an_error(server: Scripted):
 
 
 def test_a_server_that_is_not_there_is_named():
-    with pytest.raises(RequestError, match="127.0.0.1:9"):
+    with pytest.raises(RequestError, match=r"127\.0\.0\.1:9"):
         stream_chat("http://127.0.0.1:9", {}, timeout=5)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The shaped link: its rate, and that nothing of it stays."""
 
+import os
 import subprocess
 import sys
 import time
@@ -11,10 +12,14 @@ from lynx_connector.demo import link as link_module
 from lynx_connector.demo.link import LinkError, loopback, netns_obstacle, open_link
 
 OBSTACLE = netns_obstacle()
-needs_root = [
-    pytest.mark.root,
-    pytest.mark.skipif(OBSTACLE is not None, reason=f"no namespaces here: {OBSTACLE}"),
-]
+
+
+def needs_root(test):
+    """Marks a test that makes network namespaces."""
+    skip = pytest.mark.skipif(OBSTACLE is not None, reason=f"no namespaces here: {OBSTACLE}")
+    return pytest.mark.root(skip(test))
+
+
 SENDER = """
 import socket, sys
 with socket.create_server((sys.argv[1], 5001)) as server:
@@ -31,25 +36,18 @@ with socket.create_connection((sys.argv[1], 5001)) as connection:
 """
 
 
-def ours() -> str:
+def my_leftovers() -> list[str]:
+    """Namespaces and interfaces of this process."""
     shown = [
-        subprocess.run(command, capture_output=True, text=True).stdout
+        subprocess.run(command, capture_output=True, text=True, check=True).stdout
         for command in (["ip", "netns", "list"], ["ip", "-brief", "link"])
     ]
-    return "\n".join(line for text in shown for line in text.splitlines() if line[:2] in "lynx lx")
+    mine = (f"lynx-{os.getpid()}-", f"lx{os.getpid()}")
+    return [line for text in shown for line in text.splitlines() if line.startswith(mine)]
 
 
-def my_leftovers() -> list[str]:
-    import os
-
-    pid = str(os.getpid())
-    shown = subprocess.run("ip netns list; ip -brief link", shell=True, capture_output=True)
-    lines = shown.stdout.decode().splitlines()
-    return [line for line in lines if line.startswith((f"lynx-{pid}-", f"lx{pid}"))]
-
-
-@pytest.mark.parametrize("mark", [pytest.param(None, marks=needs_root)])
-def test_the_link_keeps_its_rate(mark):
+@needs_root
+def test_the_link_keeps_its_rate():
     size = 5_000_000
     with open_link(100) as link:
         assert (link.kind, link.sender_mbit) == ("netns", 0)
@@ -65,16 +63,16 @@ def test_the_link_keeps_its_rate(mark):
     assert my_leftovers() == []
 
 
-@pytest.mark.parametrize("mark", [pytest.param(None, marks=needs_root)])
-def test_the_link_is_removed_when_its_user_fails(mark):
+@needs_root
+def test_the_link_is_removed_when_its_user_fails():
     with pytest.raises(KeyboardInterrupt), open_link(10):
         assert len(my_leftovers()) >= 4
         raise KeyboardInterrupt
     assert my_leftovers() == []
 
 
-@pytest.mark.parametrize("mark", [pytest.param(None, marks=needs_root)])
-def test_a_link_that_cannot_be_made_falls_back_and_leaves_nothing(mark, monkeypatch):
+@needs_root
+def test_a_link_that_cannot_be_made_falls_back_and_leaves_nothing(monkeypatch):
     real = link_module._run
 
     def refuse_shaping(*command, check=True):

@@ -2,6 +2,7 @@
 """Server processes: readiness, death, and an end without orphans."""
 
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -12,12 +13,13 @@ import pytest
 from lynx_connector.demo.cluster import free_port
 from lynx_connector.demo.process import ServerError, ServerProcess
 
+CHILD = r"child:(\d+)"
 STUBBORN = """
 import os, signal, subprocess, sys, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 child = subprocess.Popen([sys.executable, "-c",
     "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"])
-print("child", child.pid, flush=True)
+print("child:" + str(child.pid), flush=True)
 time.sleep(600)
 """
 HEALTHY = """
@@ -78,8 +80,8 @@ def test_a_server_that_never_answers_is_reported(tmp_path: Path):
 def test_stop_ends_processes_that_ignore_sigterm_and_their_children(tmp_path: Path):
     engine = server(tmp_path, STUBBORN)
     engine.start()
-    wait_for(lambda: "child" in engine.tail())
-    child = int(engine.tail().split("child ")[1].split()[0])
+    wait_for(lambda: re.search(CHILD, engine.tail()))
+    child = int(re.search(CHILD, engine.tail())[1])
     engine.stop(grace=0.5)
     assert not engine.running
     assert not psutil.pid_exists(child)
@@ -87,11 +89,11 @@ def test_stop_ends_processes_that_ignore_sigterm_and_their_children(tmp_path: Pa
 
 
 def test_stop_ends_children_of_a_server_that_died_first(tmp_path: Path):
-    code = "import subprocess; p = subprocess.Popen(['sleep', '600']); print('child', p.pid)"
+    code = "import subprocess; p = subprocess.Popen(['sleep', '600']); print('child:' + str(p.pid))"
     engine = server(tmp_path, code)
     engine.start()
     wait_for(lambda: not engine.running)
-    child = int(engine.tail().split("child ")[1].split()[0])
+    child = int(re.search(CHILD, engine.tail())[1])
     assert psutil.pid_exists(child)
     engine.stop()
     wait_for(lambda: not psutil.pid_exists(child) or _is_zombie(child), 5)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Events files and the figures read from them."""
 
+import io
 import json
 from pathlib import Path
 
@@ -129,7 +130,7 @@ def test_a_run_without_speculative_start_is_not_reported(missing: str):
 
 def test_terminal_timeline_keeps_its_width_and_puts_the_reply_at_zero():
     traces = trace_pair()
-    console = Console(width=90, record=True, file=open("/dev/null", "w"))
+    console = Console(width=90, record=True, file=io.StringIO())
     console.print(terminal_timeline(traces, 90))
     lines = console.export_text().splitlines()
     assert max(map(len, lines)) <= 90
@@ -151,7 +152,7 @@ def test_picture_is_a_png(tmp_path: Path):
 
 
 def test_table_shows_absent_figures_as_a_dash():
-    console = Console(width=90, record=True, file=open("/dev/null", "w"))
+    console = Console(width=90, record=True, file=io.StringIO())
     console.print(comparison_table(report_of(*trace_pair())))
     lines = console.export_text().splitlines()
     row = next(line for line in lines if "token 32" in line)

@@ -15,6 +15,11 @@ from lynx_connector.launch import Role, is_cpu_build, serve_command
 
 def run(role: Role, model: str, vllm_args: list[str]) -> NoReturn:
     """Print the command and replace this process by it."""
+    if model.startswith("-"):
+        typer.secho(
+            "lynx serve: MODEL comes right after the role, before any flag", fg="red", err=True
+        )
+        raise typer.Exit(2)
     try:
         command = serve_command(role, model, vllm_args, cpu=is_cpu_build())
     except FileNotFoundError as error:
