@@ -88,6 +88,7 @@ class LynxConnector(KVConnectorBase_V1):
             self._consumer = ConsumerScheduler(
                 self._config,
                 self._speculative,
+                vllm_config.use_v2_model_runner,
                 transfer.kv_load_failure_policy == "recompute",
                 tp_size,
                 self._block_size,

@@ -53,6 +53,7 @@ class ConsumerScheduler:
         self,
         config: LynxConfig,
         speculative: bool,
+        seeds_survive_drafts: bool,
         recompute_on_failure: bool,
         tensor_parallel_size: int,
         block_size: int,
@@ -61,6 +62,7 @@ class ConsumerScheduler:
         self.draft_limit = config.draft_limit
         self.verify_rows = config.verify_rows
         self._speculative = speculative
+        self._seeds_survive_drafts = seeds_survive_drafts
         self._recompute = recompute_on_failure
         self._tp_size = tensor_parallel_size
         self._block_size = block_size
@@ -96,8 +98,12 @@ class ConsumerScheduler:
                 start,
                 ", ".join(accepted),
             )
+        seeded = sampling is not None and sampling.seed is not None and sampling.temperature > 0
         speculative = (
             self._speculative
+            # A seed promises the same answer again. vLLM's V1 runner draws from one generator per
+            # request, which drafts would move on by as many tokens as the network left time for.
+            and (self._seeds_survive_drafts or not seeded)
             and start != StartMode.BLOCKING
             and handoff is not None
             and handoff.lynx.codec not in ONE_TIER_CODECS

@@ -132,9 +132,8 @@ class _Namespaces:
     def remove(self) -> None:
         """Remove whatever of it exists."""
         # Not left to the namespaces' end: a namespace lives on while a process is in it.
-        for device in self._host_side:
+        for device in (*self._host_side, *self._kv):
             _run("ip", "link", "delete", device, check=False)
-        _run("ip", "link", "delete", self._kv[0], check=False)
         for name in self._names:
             _run("ip", "netns", "delete", name, check=False)
 

@@ -81,19 +81,20 @@ def test_structured_output(pair):
 def test_seeded_sampling_is_reproducible_beside_greedy_requests(pair):
     text, greedy = prompt(95), prompt(96)
     expected = tokens(pair.blocking(greedy))
+    body = {"temperature": 0.7, "seed": 11, "max_tokens": 16, "ignore_eos": True}
+    reference = tokens(pair.blocking(text, **body))
     runs = []
     for _ in range(2):
         sampled, plain = pair.many(
             [
-                lambda: pair.lynx(text, temperature=0.7, seed=11, max_tokens=16, ignore_eos=True),
+                lambda: pair.lynx(text, **body),
                 lambda: pair.lynx(greedy),
             ]
         )
         runs.append(tokens(sampled))
         assert tokens(plain) == expected
         pair.forget()
-    assert len(runs[0]) == 16
-    assert runs[0] == runs[1]
+    assert runs == [reference, reference]
 
 
 @pytest.mark.parametrize("seeded", [False, True])
@@ -120,8 +121,8 @@ def test_sampling_keeps_the_distribution(pair, seeded):
 
     since = pair.mark()
     ours = draw(1000, 40, True)
-    verified = pair.events(since, "verified")
-    assert sum(event["drafted"] for event in verified) > 20
+    drafted = sum(event["drafted"] for event in pair.events(since, "verified"))
+    assert drafted > 20 if not seeded else drafted == 0  # V1: a seed waits for the final tier
     theirs = draw(5000, 40, False)
     statistic, degrees = chi_square(ours, theirs)
     assert degrees >= 1, "the prompt leaves no choice"

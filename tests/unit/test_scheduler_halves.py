@@ -1,0 +1,292 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The scheduler halves on plain objects, without vLLM and without torch."""
+
+import enum
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from lynx_connector.config import LynxConfig
+from lynx_connector.consumer.scheduler import ConsumerScheduler
+from lynx_connector.events import EventLog
+from lynx_connector.metadata import LynxMetadata, LynxWorkerMetadata
+from lynx_connector.producer.scheduler import ProducerScheduler
+from lynx_connector.protocol import parse_handoff
+
+BLOCK = 16
+NO_EVENTS = EventLog(None, "test")
+
+
+class Status(enum.Enum):
+    FINISHED_LENGTH_CAPPED = 1
+    FINISHED_STOPPED = 2
+    FINISHED_ABORTED = 3
+
+
+def request(name="r", prompt=100, params=None, **sampling):
+    defaults = {"seed": None, "temperature": 0.0, "extra_args": None}
+    return SimpleNamespace(
+        request_id=name,
+        num_prompt_tokens=prompt,
+        kv_transfer_params=params,
+        sampling_params=SimpleNamespace(**defaults | sampling),
+        status=Status.FINISHED_LENGTH_CAPPED,
+        num_output_tokens=1,
+    )
+
+
+def test_halves_and_states_run_without_torch():
+    code = (
+        "import sys, lynx_connector.producer.scheduler, lynx_connector.consumer.scheduler, "
+        "lynx_connector.scheduler.states; "
+        "assert not {'torch', 'vllm'} & set(sys.modules), 'torch or vllm was imported'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# ---- producer ---------------------------------------------------------------------------------
+
+
+def producer():
+    half = ProducerScheduler(LynxConfig(), "engine", "10.0.0.1", 1, BLOCK, NO_EVENTS)
+    half.set_ports([7600])
+    return half
+
+
+def step(new=(), cached=(), preempted=(), resumed=()):
+    """new: (id, blocks, computed, scheduled); cached: (id, new blocks or None, computed, n)."""
+    return SimpleNamespace(
+        preempted_req_ids=set(preempted),
+        scheduled_new_reqs=[
+            SimpleNamespace(req_id=r, block_ids=(list(b),), num_computed_tokens=c)
+            for r, b, c, _ in new
+        ],
+        scheduled_cached_reqs=SimpleNamespace(
+            req_ids=[r for r, *_ in cached],
+            new_block_ids=[None if b is None else (list(b),) for _, b, _, _ in cached],
+            num_computed_tokens=[c for _, _, c, _ in cached],
+            resumed_req_ids=set(resumed),
+        ),
+        num_scheduled_tokens={r: n for r, _, _, n in [*new, *cached]},
+    )
+
+
+def filled(half, output):
+    metadata = LynxMetadata()
+    half.fill(metadata, output)
+    return metadata
+
+
+PREFILL = {"do_remote_decode": True, "do_remote_prefill": False}
+
+
+def test_chunks_follow_the_prefill_and_cover_a_cached_prefix():
+    half = producer()
+    half.add(request(params=PREFILL))
+    (first,) = filled(half, step(new=[("r", range(10, 14), 32, 24)])).encode
+    assert (first.start, first.end, first.block_ids) == (0, 56, [10, 11, 12, 13])
+    (second,) = filled(half, step(cached=[("r", range(14, 17), 56, 44)])).encode
+    assert (second.start, second.end) == (56, 100)
+    assert second.block_ids == [13, 14, 15, 16]
+    assert not filled(half, step(cached=[("r", None, 100, 1)])).encode  # a decode step
+
+
+def test_reply_is_what_a_decode_instance_can_read():
+    half = producer()
+    wanted = request(params=PREFILL, seed=7)
+    half.add(wanted)
+    assert wanted.sampling_params.seed is None
+    filled(half, step(new=[("r", range(7), 0, 100)]))
+    delay, reply = half.finish(wanted)
+    assert delay
+    assert (reply["do_remote_prefill"], reply["do_remote_decode"]) == (True, False)
+    handoff = parse_handoff(reply)
+    assert handoff.address(0) == ("10.0.0.1", 7600)
+    assert handoff.lynx.num_tokens == 100
+    assert half.num_prefills == 0
+
+
+def test_aborted_prefill_is_dropped_and_its_blocks_wait_for_the_encoder():
+    half = producer()
+    aborted = request(params=PREFILL)
+    half.add(aborted)
+    filled(half, step(new=[("r", range(4), 0, 50)]))
+    aborted.status = Status.FINISHED_ABORTED
+    assert half.finish(aborted) == (True, None)
+    assert filled(half, step()).dropped == ["r"]
+
+
+def test_prefill_aborted_before_its_first_step_holds_nothing():
+    half = producer()
+    aborted = request(params=PREFILL)
+    half.add(aborted)
+    aborted.status = Status.FINISHED_ABORTED
+    assert half.finish(aborted) == (False, None)
+
+
+def test_preempted_prefill_starts_over():
+    half = producer()
+    half.add(request(params=PREFILL))
+    filled(half, step(new=[("r", range(4), 0, 50)]))
+    assert filled(half, step(preempted=["r"])).preempted == {"r"}
+    again = filled(half, step(cached=[("r", range(20, 27), 0, 100)], resumed=["r"])).encode
+    assert [(c.start, c.end, c.block_ids) for c in again] == [(0, 100, list(range(20, 27)))]
+
+
+def test_ordinary_requests_are_left_alone():
+    half = producer()
+    plain = request(seed=5)
+    half.add(plain)
+    assert plain.sampling_params.seed == 5
+    assert not filled(half, step(new=[("r", range(7), 0, 100)])).encode
+    assert half.finish(plain) == (False, None)
+
+
+# ---- consumer ---------------------------------------------------------------------------------
+
+
+def handoff(**lynx):
+    ours = {
+        "version": 1,
+        "num_tokens": 100,
+        "codec": "hadamard",
+        "exact_first": 1,
+        "exact_last": 16,
+        "ports": [7600],
+    }
+    return {
+        "do_remote_prefill": True,
+        "remote_engine_id": "e",
+        "remote_request_id": "t",
+        "remote_host": "10.0.0.1",
+        "lynx": ours | lynx,
+    }
+
+
+def consumer(speculative=True, recompute=True, tp=1, seeds=False):
+    return ConsumerScheduler(LynxConfig(), speculative, seeds, recompute, tp, BLOCK, NO_EVENTS)
+
+
+def blocks(count):
+    return SimpleNamespace(get_block_ids=lambda: (list(range(50, 50 + count)),))
+
+
+def admit(half, one, local=0):
+    count, asynchronous = half.match(one, local)
+    half.allocated(one, blocks(7), count)
+    metadata = LynxMetadata()
+    half.fill(metadata)
+    return count, asynchronous, metadata
+
+
+def test_load_starts_behind_the_local_prefix():
+    half, one = consumer(), request(params=handoff())
+    half.add(one)
+    count, asynchronous, metadata = admit(half, one, local=32)
+    assert (count, asynchronous) == (68, True)
+    (load,) = metadata.loads
+    assert (load.first_token, load.num_tokens, load.block_ids) == (32, 100, [52, 53, 54, 55, 56])
+    assert half.take_started() == ["r"]
+    assert half.match(one, 0) == (0, False)  # one transfer per request
+
+
+@pytest.mark.parametrize(
+    ("half", "params", "sampling"),
+    [
+        (consumer(speculative=False), handoff(), {}),
+        (consumer(), handoff(codec="int8"), {}),
+        (consumer(), handoff(), {"extra_args": {"lynx_start": "blocking"}}),
+        (consumer(seeds=False), handoff(), {"seed": 1, "temperature": 0.7}),
+    ],
+)
+def test_requests_that_wait_for_the_final_tier(half, params, sampling):
+    one = request(params=params, **sampling)
+    half.add(one)
+    *_, metadata = admit(half, one)
+    assert not metadata.loads[0].speculative
+    assert half.take_started() == []
+
+
+def test_seeded_requests_draft_where_seeds_survive():
+    half, one = consumer(seeds=True), request(params=handoff(), seed=1, temperature=0.7)
+    half.add(one)
+    admit(half, one)
+    assert half.take_started() == ["r"]
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+@pytest.mark.parametrize(
+    ("params", "cause"),
+    [
+        (handoff(num_tokens=99), "same tokenizer"),
+        (handoff(ports=[1, 2]), "tensor_parallel_size"),
+        ({"do_remote_prefill": True}, "no key 'lynx'"),
+    ],
+)
+def test_unusable_handoff_follows_the_policy(recompute, params, cause):
+    half, one = consumer(recompute=recompute), request(params=params)
+    half.add(one)
+    count, asynchronous, metadata = admit(half, one)
+    if recompute:
+        assert (count, asynchronous, metadata.loads) == (0, False, [])
+        # What the producer staged is given back where its address is known.
+        assert len(metadata.releases) == (1 if "lynx" in params else 0)
+    else:
+        assert (count, asynchronous) == (100, True)
+        assert cause in metadata.loads[0].failure
+
+
+def test_full_local_hit_releases_the_producer():
+    half, one = consumer(), request(params=handoff())
+    half.add(one)
+    count, _, metadata = admit(half, one, local=99)
+    assert count == 0
+    assert [release.transfer_id for release in metadata.releases] == ["t"]
+
+
+def test_request_that_ends_before_its_load_releases_the_producer():
+    half, one = consumer(), request(params=handoff())
+    half.add(one)
+    half.finish(one)
+    metadata = LynxMetadata()
+    half.fill(metadata)
+    assert [release.transfer_id for release in metadata.releases] == ["t"]
+    assert half.num_decodes == 0
+
+
+def test_refined_when_every_rank_says_so():
+    half, one = consumer(tp=2), request(params=handoff(ports=[1, 2]))
+    half.add(one)
+    admit(half, one)
+    half.update(LynxWorkerMetadata(refined={"r": 1}))
+    assert half.take_refined() == []
+    half.update(LynxWorkerMetadata(refined={"r": 1}))
+    assert half.take_refined() == ["r"]
+
+
+def test_abort_cancels_what_is_under_way_and_only_that():
+    half, one = consumer(), request(params=handoff())
+    half.add(one)
+    admit(half, one)
+    half.finish(one)
+    metadata = LynxMetadata()
+    half.fill(metadata)
+    assert [name for name, _ in metadata.cancelled] == ["r"]
+
+    done = request("done", params=handoff())
+    half.add(done)
+    admit(half, done)
+    half.update(LynxWorkerMetadata(refined={"done": 1}))
+    half.finish(done)
+    metadata = LynxMetadata()
+    half.fill(metadata)
+    assert metadata.cancelled == []
+
+
+def test_reports_of_ranks_add_up():
+    one = LynxWorkerMetadata(refined={"a": 1}, failed={"b": "x"})
+    both = one.aggregate(LynxWorkerMetadata(refined={"a": 1, "c": 1}))
+    assert both.refined == {"a": 2, "c": 1}
+    assert both.failed == {"b": "x"}
