@@ -19,6 +19,7 @@ COLOURS = {
     "prefill": "#8c8c8c",
     "anchor": "#2b6cb0",
     "residual": "#63b3ed",
+    "both tiers": "#63b3ed",
     "drafts": "#dd9933",
     "verification": "#c53030",
     "tokens": "#2f855a",

@@ -98,11 +98,14 @@ class Trace:
 
     def spans(self) -> list[Span]:
         """The phases that are over, in the order in which they begin."""
-        residual_from = "anchor_landed" if self.find("anchor_landed") else "admitted"
+        if self.find("anchor_landed"):
+            last_tier = ("residual", "anchor_landed", "refined")
+        else:
+            last_tier = ("both tiers", "admitted", "refined")
         phases = [
             ("prefill", "prefill_started", "handoff"),
             ("anchor", "admitted", "anchor_landed"),
-            ("residual", residual_from, "refined"),
+            last_tier,
             ("drafts", "drafting", "verify_started"),
             ("verification", "verify_started", "verified"),
         ]

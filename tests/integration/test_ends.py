@@ -98,7 +98,7 @@ def test_forced_preemption_while_verifying(pair):
 
 def test_more_drafts_than_free_request_slots(pair):
     """12 slots, 8 ordinary requests decoding, and rows of two requests to verify."""
-    texts = [prompt(124 + i, items=60) for i in range(2)]
+    texts = [prompt(124 + i, items=120) for i in range(2)]
     body = {"max_tokens": 40, "ignore_eos": True, "logprobs": 0}
     reference = [tokens(pair.blocking(text, **body)) for text in texts]
     since = pair.mark()
