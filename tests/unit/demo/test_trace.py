@@ -85,7 +85,7 @@ def test_latencies_count_from_the_prefills_reply():
 
 def test_spans_follow_the_phases_that_took_place():
     lynx, blocking = trace_pair()
-    names = ["prefill", "anchor", "both tiers", "drafts", "verification"]
+    names = ["prefill", "anchor", "residual", "drafts", "verification"]
     assert [span.name for span in lynx.spans()] == names
     assert [span.name for span in blocking.spans()] == ["prefill", "both tiers"]
     assert blocking.spans()[1].start == pytest.approx(208.1)
