@@ -162,6 +162,7 @@ class LynxConnector(KVConnectorBase_V1):
         from lynx_connector.producer.worker import ProducerWorker
         from lynx_connector.transport.handshake import Identity
         from lynx_connector.transport.loop import TransportLoop
+        from lynx_connector.worker_context import WorkerContext
 
         config, vllm_config = self._config, self._vllm_config
         transfer = vllm_config.kv_transfer_config
@@ -184,13 +185,15 @@ class LynxConnector(KVConnectorBase_V1):
         )
         self._loop = TransportLoop(config.ucx_tls)
         self._loop.start()
-        shared = (config, identity, rank, geometry, cache, self._block_size)
+        context = WorkerContext(
+            config, identity, rank, geometry, cache, self._block_size, self._loop, self._events
+        )
         if transfer.is_kv_producer:
-            self._producer_worker = ProducerWorker(*shared, self._loop, self._events)
+            self._producer_worker = ProducerWorker(context)
         if transfer.is_kv_consumer:
             if self._speculative:
                 compat.warm_up_verification(vllm_config, cache.device)
-            self._consumer_worker = ConsumerWorker(*shared, self._loop, self._events)
+            self._consumer_worker = ConsumerWorker(context)
 
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
         return LynxHandshakeMetadata(self._producer_worker.port) if self._producer_worker else None

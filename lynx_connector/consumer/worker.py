@@ -10,18 +10,13 @@ import logging
 import time
 from collections import deque
 
-from lynx_kernels.paged import PagedKVCache
-
-from lynx_connector.codec import Codec, KVGeometry, Tier, get_codec
-from lynx_connector.config import LynxConfig
+from lynx_connector.codec import Codec, Tier, get_codec
 from lynx_connector.consumer.inbound import InboundTransfer, LandedRows
 from lynx_connector.errors import LynxError
-from lynx_connector.events import EventLog
 from lynx_connector.metadata import LoadRequest, LynxMetadata, LynxWorkerMetadata, ReleaseRequest
 from lynx_connector.transfer import TierBuffers, TokenRange, plan_pieces, slots_of
 from lynx_connector.transport.client import TierClient
-from lynx_connector.transport.handshake import Identity
-from lynx_connector.transport.loop import TransportLoop
+from lynx_connector.worker_context import WorkerContext
 
 logger = logging.getLogger("vllm.lynx.consumer")
 
@@ -31,26 +26,17 @@ WRITE_SECONDS_PER_STEP = 0.05
 class ConsumerWorker:
     """One decode worker's transfers, from fetch to the last patch."""
 
-    def __init__(
-        self,
-        config: LynxConfig,
-        identity: Identity,
-        rank: int,
-        geometry: KVGeometry,
-        cache: PagedKVCache,
-        block_size: int,
-        loop: TransportLoop,
-        events: EventLog,
-    ):
-        self._rank = rank
-        self._geometry = geometry
-        self._cache = cache
-        self._block_size = block_size
-        self._loop = loop
-        self._events = events
+    def __init__(self, context: WorkerContext):
+        config = context.config
+        self._rank = context.rank
+        self._geometry = context.geometry
+        self._cache = context.cache
+        self._block_size = context.block_size
+        self._loop = context.loop
+        self._events = context.events
         self._staging_limit = int(config.staging_bytes)
         self._staging_used = 0
-        self._client = TierClient(identity, config.transfer_timeout_seconds)
+        self._client = TierClient(context.identity, config.transfer_timeout_seconds)
         self._codecs: dict[str, Codec] = {}
         for name in (config.codec, "bf16"):  # compile before the first request
             self._codec(name)

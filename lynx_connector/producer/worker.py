@@ -12,18 +12,15 @@ import time
 from dataclasses import dataclass
 
 import numpy as np
-from lynx_kernels.paged import PagedKVCache
 
-from lynx_connector.codec import Codec, KVGeometry, Tier, get_codec
-from lynx_connector.config import EXACT_FIRST_TOKENS, LynxConfig
-from lynx_connector.events import EventLog
+from lynx_connector.codec import Codec, Tier, get_codec
+from lynx_connector.config import EXACT_FIRST_TOKENS
 from lynx_connector.metadata import EncodeChunk, LynxMetadata
 from lynx_connector.producer.staging import StagedTransfer, StagingStore
 from lynx_connector.streams import SideStream
 from lynx_connector.transfer import TierBuffers, TokenRange, plan_pieces, slots_of
-from lynx_connector.transport.handshake import Identity
-from lynx_connector.transport.loop import TransportLoop
 from lynx_connector.transport.server import TierServer
+from lynx_connector.worker_context import WorkerContext
 
 logger = logging.getLogger("vllm.lynx.producer")
 
@@ -42,33 +39,23 @@ class _Job:
 class ProducerWorker:
     """One prefill worker's encoder, staging and server."""
 
-    def __init__(
-        self,
-        config: LynxConfig,
-        identity: Identity,
-        rank: int,
-        geometry: KVGeometry,
-        cache: PagedKVCache,
-        block_size: int,
-        loop: TransportLoop,
-        events: EventLog,
-    ):
-        self._config = config
-        self._cache = cache
-        self._stream = SideStream(cache.device)
-        self._block_size = block_size
-        self._loop = loop
-        self._events = events
-        self._codec: Codec = get_codec(config.codec, geometry)
-        self._exact: Codec = get_codec("bf16", geometry)
+    def __init__(self, context: WorkerContext):
+        self._config = config = context.config
+        self._cache = context.cache
+        self._stream = SideStream(context.cache.device)
+        self._block_size = context.block_size
+        self._loop = context.loop
+        self._events = context.events
+        self._codec: Codec = get_codec(config.codec, context.geometry)
+        self._exact: Codec = get_codec("bf16", context.geometry)
         for codec in (self._codec, self._exact):
             codec.warmup()
-        self._store = StagingStore(int(config.staging_bytes), config.lease_seconds, events)
+        self._store = StagingStore(int(config.staging_bytes), config.lease_seconds, self._events)
         self._server = TierServer(
-            self._store, identity, events, int(config.frame_bytes), config.link_mbit
+            self._store, context.identity, self._events, int(config.frame_bytes), config.link_mbit
         )
-        port = config.listen_port + rank if config.listen_port else 0
-        loop.run(self._server.start(port))
+        port = config.listen_port + context.rank if config.listen_port else 0
+        self._loop.run(self._server.start(port))
         self._transfers: dict[str, StagedTransfer] = {}
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._pending: dict[str, int] = {}
@@ -81,7 +68,7 @@ class ProducerWorker:
             self.port,
             config.codec,
             config.staging_bytes,
-            identity.compat,
+            context.identity.compat,
         )
 
     @property

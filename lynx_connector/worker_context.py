@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the two worker halves of one process share."""
+
+from dataclasses import dataclass
+
+from lynx_kernels.paged import PagedKVCache
+
+from lynx_connector.codec import KVGeometry
+from lynx_connector.config import LynxConfig
+from lynx_connector.events import EventLog
+from lynx_connector.transport.handshake import Identity
+from lynx_connector.transport.loop import TransportLoop
+
+
+@dataclass(frozen=True)
+class WorkerContext:
+    """One worker's configuration, identity, cache and transport."""
+
+    config: LynxConfig
+    identity: Identity
+    rank: int
+    """Tensor parallel rank; fetches from the producer's worker of the same rank."""
+    geometry: KVGeometry
+    cache: PagedKVCache
+    block_size: int
+    """vLLM's block size in tokens."""
+    loop: TransportLoop
+    events: EventLog
