@@ -17,6 +17,8 @@ from typing import ClassVar
 import numpy as np
 import torch
 from lynx_kernels.paged import PagedKVCache, PageIndex
+
+from lynx_connector.errors import LynxError
 from numpy.typing import NDArray
 
 DTYPES: dict[str, torch.dtype] = {
@@ -31,7 +33,7 @@ _TORCH_TOKENS = 512
 Rows = NDArray[np.uint8]
 
 
-class CodecError(ValueError):
+class CodecError(LynxError, ValueError):
     """A codec was asked for something that it cannot do; the text names it."""
 
 

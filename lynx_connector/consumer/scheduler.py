@@ -86,6 +86,9 @@ class ConsumerScheduler:
         try:
             handoff = parse_handoff(params)
             failure = self._unusable(handoff, request)
+            if user := self._user_of(handoff.transfer_id):
+                # Without the handoff, so that giving up does not take it from its first user.
+                handoff, failure = None, f"transfer is already used by request {user}"
         except ProtocolError as error:
             failure = str(error)
         sampling = request.sampling_params
@@ -122,6 +125,10 @@ class ConsumerScheduler:
                 f"{request.num_prompt_tokens}: both sides need the same tokenizer and chat template"
             )
         return None
+
+    def _user_of(self, transfer_id: str) -> str | None:
+        users = (name for name, one in self._decodes.items() if one.transfer_id == transfer_id)
+        return next(users, None)
 
     def match(self, request: "Request", num_computed_tokens: int) -> tuple[int, bool]:
         """Tokens to load beyond the local prefix cache, and whether asynchronously."""

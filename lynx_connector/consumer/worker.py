@@ -218,12 +218,3 @@ class ConsumerWorker:
         if self._rank < len(load.ports):
             address = (load.host, load.ports[self._rank])
             self._loop.post(self._client.release, address, load.transfer_id, cause)
-
-    def usage(self) -> dict[str, int]:
-        """Counts that must be zero when no request is open (but for idle connections)."""
-        return {
-            "transfers": len(self._active) + len(self._queued),
-            "staging_bytes": self._staging_used,
-            "sinks": self._client.num_transfers,
-            "connections": self._client.num_peers,
-        }

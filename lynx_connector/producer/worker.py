@@ -185,15 +185,6 @@ class ProducerWorker:
         with self._pending_changed:
             self._pending_changed.wait_for(lambda: request_id not in self._pending)
 
-    def usage(self) -> dict[str, int]:
-        """Counts that must be zero when no request is open (but for idle connections)."""
-        return {
-            "transfers": len(self._store),
-            "staging_bytes": self._store.used_bytes,
-            "requests": len(self._transfers),
-            "connections": self._server.num_sessions,
-        }
-
     def stop(self) -> None:
         """End the encoder and the listener."""
         self._jobs.put(None)

@@ -105,6 +105,27 @@ def test_unknown_transfer_on_the_real_prefill(pair, strict_decode, reference):
     check_both(pair, strict_decode, reference, lambda: dict(params), "unknown transfer")
 
 
+def test_unknown_codec(pair, strict_decode, reference):
+    params = handoff("t", reference[0], 9, codec="zip")
+    check_both(pair, strict_decode, reference, lambda: dict(params), "unknown codec 'zip'")
+
+
+def test_one_handoff_used_twice_at_once(pair, reference):
+    """The first request gets the transfer, the second recomputes; both answer."""
+    text = prompt(152, items=80)
+    plain = tokens(pair.completion(text, ignore_eos=True))
+    pair.forget()
+    remote = tokens(pair.blocking(text, ignore_eos=True))
+    params = pair.prefill(text)
+    since = pair.mark()
+    ask = lambda: pair.completion(text, ignore_eos=True, kv_transfer_params=params)  # noqa: E731
+    answers = [tokens(answer) for answer in pair.many([ask, ask])]
+    assert remote in answers
+    assert all(answer in (plain, remote) for answer in answers)
+    assert "already used" in pair.events(since, "failed")[0]["cause"]
+    pair.forget()
+
+
 def test_nobody_listens(pair, strict_decode, reference):
     params = handoff("t", reference[0], 9)
     check_both(pair, strict_decode, reference, lambda: dict(params), "127.0.0.1:9")

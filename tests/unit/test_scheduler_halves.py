@@ -238,6 +238,16 @@ def test_unusable_handoff_follows_the_policy(recompute, params, cause):
         assert cause in metadata.loads[0].failure
 
 
+def test_a_transfer_serves_one_request():
+    half, first, second = consumer(), request("1", params=handoff()), request("2", params=handoff())
+    half.add(first)
+    half.add(second)
+    assert admit(half, first)[0] == 100
+    count, _, metadata = admit(half, second)
+    assert count == 0
+    assert metadata.releases == []  # or the first would lose it
+
+
 def test_full_local_hit_releases_the_producer():
     half, one = consumer(), request(params=handoff())
     half.add(one)
