@@ -17,9 +17,9 @@ from typing import ClassVar
 import numpy as np
 import torch
 from lynx_kernels.paged import PagedKVCache, PageIndex
+from numpy.typing import NDArray
 
 from lynx_connector.errors import LynxError
-from numpy.typing import NDArray
 
 DTYPES: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
