@@ -27,5 +27,5 @@ lint: setup ## ruff and mypy
 	$(BIN)/mypy
 
 clean: ## remove what builds, tests and the demo left (.venv and the model stay)
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-out
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-logs demo-report.json demo-timeline.png
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

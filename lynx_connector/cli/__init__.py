@@ -27,9 +27,10 @@ def demo(
     link_mbit: Annotated[
         float, typer.Option(min=0, help="Rate of the link in Mbit/s; 0 for no limit.")
     ] = 200,
-    out: Annotated[Path, typer.Option(help="Folder for report, picture and logs.")] = Path(
-        "demo-out"
-    ),
+    out: Annotated[
+        Path,
+        typer.Option(help="Folder for demo-report.json, demo-timeline.png and demo-logs/."),
+    ] = Path("."),
     model: Annotated[
         str | None, typer.Option(help="Model folder or hub name; default: a small one, fetched.")
     ] = None,

@@ -48,8 +48,9 @@ def run(
         RequestError,
         ServerError,
     ) as error:
-        console.print(f"lynx demo: {error}", style="red", markup=False, highlight=False)
-        console.print(f"logs: {options.out}", highlight=False)
+        message = f"lynx demo: {error}"
+        console.print(message, style="red", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"logs: {options.logs}", highlight=False)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         console.print("lynx demo: stopped; servers and link are removed")

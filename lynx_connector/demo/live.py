@@ -81,7 +81,8 @@ class LiveView:
         if text != self._headline:
             self._headline = text
             if not self._terminal:
-                self._console.print(f"{time.monotonic() - self._started:4.0f} s  {text}")
+                seconds = time.monotonic() - self._started
+                self._console.print(f"{seconds:4.0f} s  {text}", soft_wrap=True)
 
     def show(self, runs: list[Run], tail: EventTail) -> None:
         """Show these runs from now on."""

@@ -107,11 +107,15 @@ class ServerProcess:
                 os.killpg(self._process.pid, how)
 
     def stop(self, grace: float = 15) -> None:
-        """SIGTERM to the group, after `grace` seconds SIGKILL; returns when all of it is gone."""
+        """SIGTERM, after `grace` seconds SIGKILL to the group; returns when all of it is gone."""
         if self._process is None:
             return
         members = self._members()
-        self.kill(signal.SIGTERM)
+        if self.running:
+            # To the server alone: vLLM ends its children in order and removes its shared memory.
+            self._process.send_signal(signal.SIGTERM)
+        else:
+            self.kill(signal.SIGTERM)
         _, left = psutil.wait_procs(members, timeout=grace)
         self.kill(signal.SIGKILL)
         for member in left:

@@ -42,7 +42,7 @@ class DemoOptions:
     """What a user can choose."""
 
     out: Path
-    """Folder for the report, the picture, logs and events files."""
+    """Folder for the report and the picture; logs and events files go to `logs` below it."""
     link_mbit: float = 200.0
     model: str | None = None
     """Folder or hub name; default: the small model that the demo makes itself."""
@@ -54,6 +54,11 @@ class DemoOptions:
     namespaces: bool = True
     """Whether to use network namespaces where it is allowed."""
 
+    @property
+    def logs(self) -> Path:
+        """Folder for the servers' logs and events files."""
+        return self.out / "demo-logs"
+
 
 def run_demo(options: DemoOptions, console: Console) -> dict[str, Any]:
     """Run it, write report and picture into `options.out`, print the result; returns the report.
@@ -63,7 +68,7 @@ def run_demo(options: DemoOptions, console: Console) -> dict[str, Any]:
         ModelError, PromptError, ServerError, RequestError, IncompleteRunError: see there.
     """
     model = options.model or str(ensure_model(lambda line: console.print(line)))
-    options.out.mkdir(parents=True, exist_ok=True)
+    options.logs.mkdir(parents=True, exist_ok=True)
     messages = chat_prompt(model, options.prompt_tokens)
     if not options.namespaces:
         return _on_link(options, model, messages, loopback(options.link_mbit), console)
@@ -79,11 +84,11 @@ def _on_link(
     console: Console,
 ) -> dict[str, Any]:
     console.print(f"link: {link.note}")
-    _forget_last_demo(options.out)
+    _forget_last_demo(options)
     runs = [Run("speculative start"), Run("blocking")]
     with (
         LiveView(console) as view,
-        Cluster(model, options.out, link=link, dtype=options.dtype) as cluster,
+        Cluster(model, options.logs, link=link, dtype=options.dtype) as cluster,
     ):
         view.headline("starting prefill, decode and router (about a minute)")
         cluster.start(waiting=lambda ready: view.headline(_readiness(ready)))
@@ -163,11 +168,12 @@ def _readiness(ready: dict[str, bool]) -> str:
     return "starting servers (about a minute): " + ", ".join(words)
 
 
-def _forget_last_demo(out: Path) -> None:
-    stale = [REPORT, PICTURE, *(f"events-{role}.jsonl" for role in Role)]
-    stale += ["prefill.log", "decode.log", "router.log"]
-    for name in stale:
-        (out / name).unlink(missing_ok=True)
+def _forget_last_demo(options: DemoOptions) -> None:
+    for name in (REPORT, PICTURE):
+        (options.out / name).unlink(missing_ok=True)
+    stale = [f"events-{role}.jsonl" for role in Role]
+    for name in [*stale, "prefill.log", "decode.log", "router.log"]:
+        (options.logs / name).unlink(missing_ok=True)
 
 
 def _print_result(
@@ -177,7 +183,7 @@ def _print_result(
     console.print()
     console.print(comparison_table(report))
     for line in summary_lines(report):
-        console.print(line, highlight=False)
+        console.print(line, highlight=False, soft_wrap=True)
     console.print(f"report: {options.out / REPORT}", highlight=False)
     console.print(f"picture: {options.out / PICTURE}", highlight=False)
 
