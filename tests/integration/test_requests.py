@@ -53,12 +53,15 @@ def test_stop_token_only_in_wrong_drafts(pair):
             break
     else:
         pytest.fail("20 prompts without a wrong draft")
-    since = pair.mark()
-    again = pair.lynx(text, max_tokens=40, ignore_eos=True, stop_token_ids=[wrong])
-    pair.forget()
-    assert tokens(again) == tokens(answer)
-    assert again["choices"][0]["finish_reason"] == "length"
-    assert pair.events(since, "paused")[0]["why"] == "eos"
+    for _ in range(3):  # a fast residual may leave no time to draft that far
+        since = pair.mark()
+        again = pair.lynx(text, max_tokens=40, ignore_eos=True, stop_token_ids=[wrong])
+        pair.forget()
+        assert tokens(again) == tokens(answer)
+        assert again["choices"][0]["finish_reason"] == "length"
+        if any(event["why"] == "eos" for event in pair.events(since, "paused")):
+            return
+    pytest.fail("the wrong stop token was never drafted again")
 
 
 def test_stop_string_inside_drafts(pair):
