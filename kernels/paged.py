@@ -182,6 +182,42 @@ class PagedKVCache:
             raise ValueError(f"values {tuple(values.shape)} for {tuple(addresses.shape)} elements")
         self._flat[layer][addresses] = values.to(self.device, self.dtype)
 
+    def gather_vectors(
+        self, slots: NDArray[np.int64], vectors: NDArray[np.int64]
+    ) -> NDArray[np.uint8]:
+        """Single head vectors as they are: uint8 [n, D * itemsize].
+
+        slots, vectors: int64 [n]; vector = (layer * 2 + (0 for K, 1 for V)) * heads + head.
+        """
+        slots = self.check_slots(slots)
+        out = np.empty((len(slots), self.head_dim * self.dtype.itemsize), dtype=np.uint8)
+        for row, (slot, vector) in enumerate(zip(slots, vectors, strict=True)):
+            layer, addresses = self._vector(int(slot), int(vector))
+            out[row] = self._flat[layer][addresses].cpu().view(torch.uint8).numpy()
+        return out
+
+    def scatter_vectors(
+        self, slots: NDArray[np.int64], vectors: NDArray[np.int64], data: NDArray[np.uint8]
+    ) -> None:
+        """Inverse of `gather_vectors`. ValueError for a vector or slot outside the cache."""
+        slots = self.check_slots(slots)
+        if data.shape != (len(slots), self.head_dim * self.dtype.itemsize):
+            raise ValueError(f"{len(slots)} vectors cannot be read from {data.shape} bytes")
+        for row, (slot, vector) in enumerate(zip(slots, vectors, strict=True)):
+            layer, addresses = self._vector(int(slot), int(vector))
+            values = torch.from_numpy(data[row].copy()).view(self.dtype)
+            self._flat[layer][addresses] = values.to(self.device)
+
+    def _vector(self, slot: int, vector: int) -> tuple[int, torch.Tensor]:
+        """Layer of a vector, and the storage elements of its D values."""
+        layer, rest = divmod(vector, 2 * self.num_kv_heads)
+        if not 0 <= layer < self.num_layers:
+            raise ValueError(f"vector {vector} is outside the {self.num_layers} layers")
+        kv, head = divmod(rest, self.num_kv_heads)
+        block, offset = divmod(slot, self.block_size)
+        page = block * self.stride_block + head * self.stride_head
+        return layer, self._torch_index[kv, offset] + page
+
     def _addresses(self, slots: NDArray[np.int64]) -> torch.Tensor:
         """Storage elements of every (token, K|V, head, d): int64 [T, 2, heads, D]."""
         slot = torch.from_numpy(self.check_slots(slots)).to(self.device)

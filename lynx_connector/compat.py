@@ -4,10 +4,6 @@
 The only module beside `connector.py` and `scheduler/` that imports vLLM's unstable classes.
 """
 
-import hashlib
-import json
-import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,10 +17,9 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
-from lynx_connector import __version__
+from lynx_connector import __version__, identity
 from lynx_connector.config import LynxConfig, StartMode
 from lynx_connector.errors import ConfigError
-from lynx_connector.protocol import PROTOCOL_VERSION
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -39,7 +34,6 @@ __all__ = [
     "KVConnectorWorkerMetadata",
     "check_supported",
     "compatibility_hash",
-    "model_identity",
     "resolve_start",
     "warm_up_verification",
 ]
@@ -154,44 +148,12 @@ def warm_up_verification(vllm_config: "VllmConfig", device: "torch.device") -> N
 def compatibility_hash(
     vllm_config: "VllmConfig", config: LynxConfig, geometry: dict[str, Any]
 ) -> str:
-    """What both sides must share for KV to be interchangeable, as 32 hex digits.
-
-    Covers protocol version, model identity, the cache's dtype and the worker's shard. Block sizes
-    may differ, since frames are runs of tokens.
-    """
-    parts = {
-        "protocol": PROTOCOL_VERSION,
-        "model": model_identity(vllm_config, config),
-        "tensor_parallel_size": vllm_config.parallel_config.tensor_parallel_size,
-        "cache": geometry,
-    }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def model_identity(vllm_config: "VllmConfig", config: LynxConfig) -> str:
-    """`model_id` if configured; else a fingerprint of a local folder, or hub name and revision."""
-    if config.model_id is not None:
-        return config.model_id
-    model = vllm_config.model_config.model
-    folder = Path(model)
-    if not folder.is_dir():
-        return f"{model}@{vllm_config.model_config.revision or 'main'}"
-    return _folder_fingerprint(folder)
-
-
-def _folder_fingerprint(folder: Path, sample: int = 1 << 16) -> str:
-    """sha256 over config.json and, per weights file, its size and its two ends.
-
-    Two fine-tunes of one architecture differ in their last bytes; reading whole files would cost
-    minutes.
-    """
-    digest = hashlib.sha256()
-    for path in sorted([*folder.glob("config.json"), *folder.glob("*.safetensors")]):
-        size = path.stat().st_size
-        digest.update(f"{path.name}:{size};".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(sample))
-            if size > sample:
-                file.seek(-min(sample, size - sample), os.SEEK_END)
-                digest.update(file.read(sample))
-    return digest.hexdigest()[:32]
+    """`identity.compatibility_hash` of what this instance serves."""
+    model = vllm_config.model_config
+    return identity.compatibility_hash(
+        model.model,
+        vllm_config.parallel_config.tensor_parallel_size,
+        geometry,
+        revision=model.revision,
+        model_id=config.model_id,
+    )

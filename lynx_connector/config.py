@@ -7,17 +7,37 @@ start-up with a message that names the key, the value and what is accepted.
 
 import difflib
 import enum
+import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ByteSize,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from lynx_connector.errors import ConfigError
 
 EXACT_FIRST_TOKENS = 1
 """Tokens at the prompt's start sent uncompressed: one sink token is as good as four (measured)."""
 
-CODEC_NAMES = ("hadamard", "bf16", "int8", "int4")
+CODEC_NAMES = ("klt", "hadamard", "bf16", "int8", "int4")
+
+ONE_TIER_CODECS = ("bf16", "int8", "int4")
+"""Codecs whose anchor is all there is: nothing to start early on, nothing to refine."""
+
+FALLBACK_CODEC = "hadamard"
+"""What `klt` is replaced by while no tables have been learned."""
+
+DEFAULT_ANCHOR_BITS = 4
+
+MIN_LEARN_TOKENS = 512
+"""Fewer tokens than that do not fill the covariances of the larger head sizes."""
 
 
 class StartMode(enum.StrEnum):
@@ -28,15 +48,43 @@ class StartMode(enum.StrEnum):
     BLOCKING = "blocking"
 
 
+class FinalTier(enum.StrEnum):
+    """The tier that verification waits for."""
+
+    RESIDUAL = "residual"
+    EXACT = "exact"
+
+
 class LynxConfig(BaseModel):
     """Every key of `kv_connector_extra_config`, for both roles unless the description says one."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
     codec: str = Field(
-        "hadamard",
-        description="Producer: how KV is sent. `hadamard` (two tiers, 4.1 + 4 bits), `bf16` "
+        "klt",
+        description="Producer: how KV is sent. `klt` (two tiers, with tables learned from the "
+        "prompts; `hadamard` until there are any), `hadamard` (two tiers, no tables), `bf16` "
         "(the cache's own dtype, uncompressed), `int8`, `int4` (one tier).",
+    )
+    anchor_bits: Annotated[int, Field(ge=3, le=5)] = Field(
+        DEFAULT_ANCHOR_BITS,
+        description="Producer: bits an element in the anchor of `klt`; anchor and residual are "
+        "8 bits together.",
+    )
+    final_tier: FinalTier = Field(
+        FinalTier.RESIDUAL,
+        description="Producer: what verification waits for. `residual`: the 8-bit cache; `exact`: "
+        "a third tier that restores every bit of the cache.",
+    )
+    learn_tokens: Annotated[int, Field(ge=0, le=1 << 20)] = Field(
+        8192,
+        description="Producer: prompt tokens from which `klt` learns its tables; 0 learns nothing "
+        f"(tables in `tables_dir` are used all the same), else at least {MIN_LEARN_TOKENS}.",
+    )
+    tables_dir: Path | None = Field(
+        None,
+        description="Folder of learned tables, so that a restart begins with them. Default: "
+        "lynx-connector/tables in $XDG_CACHE_HOME or ~/.cache.",
     )
     start: StartMode = Field(
         StartMode.AUTO,
@@ -107,6 +155,13 @@ class LynxConfig(BaseModel):
             raise ValueError(f"accepted values are {', '.join(CODEC_NAMES)}")
         return value
 
+    @field_validator("learn_tokens")
+    @classmethod
+    def _enough_to_learn(cls, value: int) -> int:
+        if 0 < value < MIN_LEARN_TOKENS:
+            raise ValueError(f"accepted values are 0 and {MIN_LEARN_TOKENS} or more")
+        return value
+
     @field_validator("frame_bytes")
     @classmethod
     def _frame_range(cls, value: ByteSize) -> ByteSize:
@@ -132,6 +187,20 @@ class LynxConfig(BaseModel):
                 raise ValueError(f"cannot be read: {error.strerror}") from error
         return value
 
+    @model_validator(mode="after")
+    def _matching(self) -> Self:
+        if self.final_tier is FinalTier.EXACT and self.codec in ("int8", "int4"):
+            raise ValueError(
+                f"final_tier = 'exact' does not go with codec = {self.codec!r}, which has no "
+                "residual; use klt, hadamard or bf16"
+            )
+        if self.anchor_bits != DEFAULT_ANCHOR_BITS and self.codec != "klt":
+            raise ValueError(
+                f"anchor_bits = {self.anchor_bits} goes with codec = 'klt' only, "
+                f"not with {self.codec!r}"
+            )
+        return self
+
     @classmethod
     def from_extra_config(cls, extra: dict[str, Any]) -> "LynxConfig":
         """Validate a `kv_connector_extra_config`.
@@ -145,13 +214,22 @@ class LynxConfig(BaseModel):
             lines = [_explain(issue, cls.model_fields) for issue in error.errors()]
             raise ConfigError("; ".join(lines)) from None
 
+    def tables_root(self) -> Path:
+        """`tables_dir`, or its default."""
+        if self.tables_dir is not None:
+            return self.tables_dir.expanduser()
+        cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+        return Path(cache).expanduser() / "lynx-connector" / "tables"
+
     def secret(self) -> bytes | None:
         """The shared secret, or None where none is configured."""
         return self.secret_file.read_bytes().strip() if self.secret_file else None
 
 
 def _explain(issue: Any, known: dict[str, Any]) -> str:
-    key = str(issue["loc"][0]) if issue["loc"] else "?"
+    if not issue["loc"]:  # two keys that do not go together: the message names both
+        return f"kv_connector_extra_config: {issue['msg']}"
+    key = str(issue["loc"][0])
     where = f"kv_connector_extra_config.{key} = {issue['input']!r}"
     if issue["type"] == "extra_forbidden":
         near = difflib.get_close_matches(key, known, n=1)

@@ -134,7 +134,11 @@ class LynxConnector(KVConnectorBase_V1):
 
     def update_connector_output(self, connector_output: "KVConnectorOutput") -> None:
         report = connector_output.kv_connector_worker_meta
-        if self._consumer and isinstance(report, LynxWorkerMetadata):
+        if not isinstance(report, LynxWorkerMetadata):
+            return
+        if self._producer:
+            self._producer.update(report)
+        if self._consumer:
             self._consumer.update(report)
 
     def request_finished(
@@ -149,12 +153,16 @@ class LynxConnector(KVConnectorBase_V1):
         self, metadata: dict[int, KVConnectorHandshakeMetadata]
     ) -> None:
         if self._producer:
-            self._producer.set_ports([metadata[rank].port for rank in sorted(metadata)])
+            workers = [metadata[rank] for rank in sorted(metadata)]
+            self._producer.set_workers([w.port for w in workers], [w.tables for w in workers])
 
     # ---- worker side --------------------------------------------------------------------------
 
     def register_kv_caches(self, kv_caches: dict[str, "torch.Tensor"]) -> None:
-        from vllm.distributed import get_tensor_model_parallel_rank
+        from vllm.distributed import (
+            get_tensor_model_parallel_rank,
+            get_tensor_model_parallel_world_size,
+        )
 
         from lynx_connector.codec import KVGeometry
         from lynx_connector.consumer.worker import ConsumerWorker
@@ -186,7 +194,16 @@ class LynxConnector(KVConnectorBase_V1):
         self._loop = TransportLoop(config.ucx_tls)
         self._loop.start()
         context = WorkerContext(
-            config, identity, rank, geometry, cache, self._block_size, self._loop, self._events
+            config=config,
+            identity=identity,
+            rank=rank,
+            tensor_parallel_size=get_tensor_model_parallel_world_size(),
+            geometry=geometry,
+            rotary=None,
+            cache=cache,
+            block_size=self._block_size,
+            loop=self._loop,
+            events=self._events,
         )
         if transfer.is_kv_producer:
             self._producer_worker = ProducerWorker(context)
@@ -196,7 +213,8 @@ class LynxConnector(KVConnectorBase_V1):
             self._consumer_worker = ConsumerWorker(context)
 
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
-        return LynxHandshakeMetadata(self._producer_worker.port) if self._producer_worker else None
+        worker = self._producer_worker
+        return LynxHandshakeMetadata(worker.port, worker.current) if worker else None
 
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
         assert isinstance(kv_connector_metadata, LynxMetadata)
@@ -230,7 +248,12 @@ class LynxConnector(KVConnectorBase_V1):
         return results
 
     def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
-        return self._consumer_worker.take_report() if self._consumer_worker else None
+        report = LynxWorkerMetadata()
+        if self._consumer_worker:
+            report = self._consumer_worker.take_report()
+        if self._producer_worker:
+            report.tables = self._producer_worker.take_report()
+        return report if report else None
 
     def shutdown(self) -> None:
         if self._producer_worker:

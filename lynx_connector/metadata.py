@@ -10,6 +10,19 @@ from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
+class EncodePlan:
+    """How one request is encoded, decided once at its first chunk.
+
+    tables: digest per rank, empty for a codec without learned tables.
+    """
+
+    codec: str
+    anchor_bits: int
+    final_tier: str
+    tables: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class EncodeChunk:
     """Producer: tokens [start, end) of a request are computed once this step's forward is done."""
 
@@ -20,6 +33,9 @@ class EncodeChunk:
     end: int
     block_ids: list[int]
     """Blocks of tokens from `start // block_size * block_size` on."""
+    plan: EncodePlan
+    fresh: int = 0
+    """First token that this step computed; those before it came from the prefix cache."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +56,10 @@ class LoadRequest:
     speculative: bool
     failure: str | None = None
     """Set where the handoff itself is unusable: report the load as failed, fetch nothing."""
+    anchor_bits: int = 4
+    final_tier: str = "residual"
+    tables: list[str] = field(default_factory=list)
+    """Digest per rank, empty for a codec without learned tables."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +97,12 @@ class LynxWorkerMetadata:
     """Request id -> number of ranks that have patched the final tier."""
     failed: dict[str, str] = field(default_factory=dict)
     """Request id -> cause, for transfers lost after the anchor was reported."""
+    tables: dict[int, str] = field(default_factory=dict)
+    """Producer: rank -> digest of the tables that its next requests may use."""
+
+    def __bool__(self) -> bool:
+        """Whether there is anything to report."""
+        return bool(self.anchored or self.refined or self.failed or self.tables)
 
     def aggregate(self, other: "LynxWorkerMetadata") -> "LynxWorkerMetadata":
         """Combine the reports of two ranks."""
@@ -84,11 +110,14 @@ class LynxWorkerMetadata:
             self.refined[request_id] = self.refined.get(request_id, 0) + ranks
         self.failed.update(other.failed)
         self.anchored.update(other.anchored)
+        self.tables.update(other.tables)
         return self
 
 
 @dataclass
 class LynxHandshakeMetadata:
-    """Producer worker to its scheduler half at start-up: where this rank listens."""
+    """Producer worker to its scheduler half at start-up: where this rank listens, and the digest
+    of the tables that it begins with (empty: none)."""
 
     port: int
+    tables: str = ""

@@ -2,32 +2,45 @@
 """Every message between two Lynx workers, and the handoff that a router carries.
 
 Control messages are MessagePack by msgspec: typed, of bounded size, never pickle. On the wire each
-is one fixed slot of `SLOT_BYTES` (length, then the message, then zeros); a `Frame` is followed by
-its payload.
+is one fixed slot of `SLOT_BYTES` (length, then the message, then zeros); `Frame` and `Tables` are
+followed by their payload.
 
 Version history:
     1  first version: hello/challenge, fetch by tier order, frames of token-major rows.
+    2  learned tables (announced in Welcome, TablesRequest, Tables, NoTables); anchor frames carry
+       vectors that travel raw; a third, variable-length tier; the handoff names anchor_bits,
+       final_tier and tables.
 """
 
 import struct
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
 
 from lynx_connector.errors import ProtocolError
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 SLOT_BYTES = 1024
 _LENGTH = struct.Struct("<4sI")
 _MAGIC = b"LYNX"
 MAX_CAUSE = 240
 
+TABLE_CODECS = ("klt",)
+"""Codecs that need learned tables."""
+
 Text = Annotated[str, Meta(max_length=256)]
 Id = Annotated[str, Meta(min_length=1, max_length=128)]
 Count = Annotated[int, Meta(ge=0, le=1 << 40)]
 Nonce = Annotated[bytes, Meta(max_length=64)]
+PayloadBytes = Annotated[int, Meta(ge=1, le=1 << 30)]
+Checksum = Annotated[int, Meta(ge=0)]
+# Digests become file names: nothing but hex digits may pass. \Z, since $ allows a final newline.
+Digest = Annotated[str, Meta(pattern=r"^[0-9a-f]{32}\Z")]
+MaybeDigest = Annotated[str, Meta(pattern=r"^(?:[0-9a-f]{32})?\Z")]
+AnchorBits = Annotated[int, Meta(ge=3, le=5)]
+FinalTier = Literal["residual", "exact"]
 
 
 class Message(msgspec.Struct, tag=True, forbid_unknown_fields=True):
@@ -45,7 +58,11 @@ class Hello(Message):
 
 
 class Welcome(Message):
-    """Producer's answer: its own identity, and its proof where a secret is configured."""
+    """Producer's answer: its own identity, and its proof where a secret is configured.
+
+    `tables` names the tables that its next requests will be encoded with, so that a consumer can
+    ask for them before it needs them; empty where there are none.
+    """
 
     version: int
     release: Text
@@ -53,6 +70,7 @@ class Welcome(Message):
     peer: Text
     nonce: Nonce
     proof: Nonce
+    tables: MaybeDigest = ""
 
 
 class Proof(Message):
@@ -93,11 +111,38 @@ class Failure(Message):
     cause: Text
 
 
-class Frame(Message):
-    """Header of one payload: rows of one tier for tokens [first_token, first_token + num_tokens).
+class TablesRequest(Message):
+    """Consumer asks for learned tables; answered by `Tables` or `NoTables`."""
 
-    Rows are token-major: row t holds all layers, K and V and heads of one token, for the worker's
-    shard. `checksum` is xxh3-64 of the payload.
+    digest: Digest
+
+
+class Tables(Message):
+    """Header of one payload: tables as `KltTables.to_bytes` gives them.
+
+    `digest` names their content, `checksum` is xxh3-64 of the payload.
+    """
+
+    digest: Digest
+    num_bytes: PayloadBytes
+    checksum: Checksum
+
+
+class NoTables(Message):
+    """Producer: these tables are not here, and why."""
+
+    digest: Digest
+    cause: Text
+
+
+class Frame(Message):
+    """Header of one payload: one tier of tokens [first_token, first_token + num_tokens).
+
+    Anchor and residual are rows, token-major: row t holds all layers, K and V and heads of one
+    token, for the worker's shard. Behind the rows of an anchor come `exceptions` records, vectors
+    that travel raw: token offset in the frame and vector index, uint32 each, then the vector's
+    bytes. An exact frame is uint32 lengths [num_tokens], then that many bytes a token. All
+    numbers are little-endian. `checksum` is xxh3-64 of the payload.
     """
 
     transfer_id: Id
@@ -105,8 +150,13 @@ class Frame(Message):
     codec: Id
     first_token: Count
     num_tokens: Annotated[int, Meta(ge=1, le=1 << 32)]
-    num_bytes: Annotated[int, Meta(ge=1, le=1 << 30)]
-    checksum: Annotated[int, Meta(ge=0)]
+    num_bytes: PayloadBytes
+    checksum: Checksum
+    exceptions: Annotated[int, Meta(ge=0, le=1 << 27)] = 0
+
+
+Payload = Frame | Tables
+"""Messages that a payload follows."""
 
 
 def tier_name(tier: int) -> str:
@@ -114,7 +164,20 @@ def tier_name(tier: int) -> str:
     return ("anchor", "residual", "exact")[tier]
 
 
-AnyMessage = Hello | Welcome | Proof | Ready | Refused | Fetch | Release | Failure | Frame
+AnyMessage = (
+    Hello
+    | Welcome
+    | Proof
+    | Ready
+    | Refused
+    | Fetch
+    | Release
+    | Failure
+    | TablesRequest
+    | Tables
+    | NoTables
+    | Frame
+)
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(AnyMessage)
@@ -158,6 +221,8 @@ class LynxParams(msgspec.Struct, forbid_unknown_fields=False):
     """What travels under the key `lynx` of `kv_transfer_params`.
 
     Unknown fields are ignored, so that a newer producer can add some without a new version.
+    `tables` holds a digest per rank for a codec with learned tables, and is empty for the others.
+    `final_tier` is the tier that verification waits for.
     """
 
     version: int
@@ -166,6 +231,9 @@ class LynxParams(msgspec.Struct, forbid_unknown_fields=False):
     exact_first: Annotated[int, Meta(ge=0, le=1024)]
     exact_last: Annotated[int, Meta(ge=0, le=1024)]
     ports: Annotated[list[Annotated[int, Meta(ge=1, le=65535)]], Meta(min_length=1, max_length=512)]
+    anchor_bits: AnchorBits
+    final_tier: FinalTier
+    tables: Annotated[list[Digest], Meta(max_length=512)]
 
 
 class Handoff(msgspec.Struct, forbid_unknown_fields=False):
@@ -199,13 +267,26 @@ def parse_handoff(params: dict[str, Any]) -> Handoff:
         raise ProtocolError(
             "kv_transfer_params has no key 'lynx': the prefill instance does not run LynxConnector"
         )
+    _check_version(params["lynx"])
     try:
         handoff = msgspec.convert(params, Handoff)
     except msgspec.ValidationError as error:
         raise ProtocolError(f"malformed kv_transfer_params: {error}") from None
-    if handoff.lynx.version != PROTOCOL_VERSION:
+    lynx = handoff.lynx
+    needed = len(lynx.ports) if lynx.codec in TABLE_CODECS else 0
+    if len(lynx.tables) != needed:
         raise ProtocolError(
-            f"prefill speaks Lynx protocol {handoff.lynx.version}, this instance "
-            f"{PROTOCOL_VERSION}: run the same lynx-connector on both sides"
+            f"malformed kv_transfer_params: codec {lynx.codec} on {len(lynx.ports)} ranks needs "
+            f"{needed} tables, the handoff names {len(lynx.tables)}"
         )
     return handoff
+
+
+def _check_version(lynx: object) -> None:
+    """First of all: another version may lack fields that this one needs."""
+    version = lynx.get("version") if isinstance(lynx, dict) else None
+    if isinstance(version, int) and version != PROTOCOL_VERSION:
+        raise ProtocolError(
+            f"prefill speaks Lynx protocol {version}, this instance "
+            f"{PROTOCOL_VERSION}: run the same lynx-connector on both sides"
+        )

@@ -6,13 +6,17 @@ token range. Token 0 and the last tokens of a prompt travel uncompressed: token 
 the attention, and the last ones are what the first drafts look at most.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 
 from lynx_connector.codec import Codec, Tier
+from lynx_connector.raw_vectors import RawVectors
+
+EXACT_ESTIMATE_BITS = {"bfloat16": 4, "float16": 7, "float32": 20}
+"""Bits an element that staging reserves for the exact tier before its true size is known."""
 
 
 class TokenRange(NamedTuple):
@@ -30,32 +34,107 @@ class TokenRange(NamedTuple):
         return TokenRange(low, max(low, min(self.end, end)))
 
 
+@dataclass(frozen=True)
+class RowLayout:
+    """Names and row widths of a codec whose tables are not here yet: enough to receive its rows."""
+
+    name: str
+    widths: Mapping[Tier, int]
+
+    @property
+    def tiers(self) -> tuple[Tier, ...]:
+        """As `Codec.tiers`."""
+        return tuple(self.widths)
+
+    def bytes_per_token(self, tier: Tier) -> int:
+        """As `Codec.bytes_per_token`."""
+        return self.widths[tier]
+
+
+@dataclass(frozen=True)
+class ExactRun:
+    """The exact tier of a run of tokens.
+
+    lengths: uint32 [tokens], bytes of each; data: uint8, theirs one after the other.
+    """
+
+    tokens: TokenRange
+    lengths: np.ndarray
+    data: np.ndarray
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of lengths and data, as on the wire."""
+        return self.lengths.nbytes + self.data.nbytes
+
+
 @dataclass
 class Piece:
     """A run of tokens under one codec, with its rows of every tier.
 
-    `rows[tier]` is uint8 of shape [tokens, codec.bytes_per_token(tier)].
+    `rows[tier]` is uint8 of shape [tokens, codec.bytes_per_token(tier)]. `exact_bytes` is the
+    estimate of its exact tier's bytes a token; 0 where it has none.
     """
 
     tokens: TokenRange
-    codec: Codec
+    codec: Codec | RowLayout
+    exact_bytes: int = 0
     rows: dict[Tier, np.ndarray] = field(default_factory=dict)
+    raw: list[RawVectors] = field(default_factory=list)
+    """Vectors that travel raw, in token order."""
+    exact_runs: list[ExactRun] = field(default_factory=list)
+    """What the producer has encoded of the exact tier, in token order."""
+
+    @property
+    def tiers(self) -> tuple[Tier, ...]:
+        """Tiers of this piece, anchor first."""
+        return (*self.codec.tiers, Tier.EXACT) if self.exact_bytes else self.codec.tiers
+
+    @property
+    def num_bytes(self) -> int:
+        """Host memory of rows, raw vectors and exact tier (estimated where not encoded yet)."""
+        rows = len(self.tokens) * sum(map(self.codec.bytes_per_token, self.codec.tiers))
+        raw = sum(part.num_bytes for part in self.raw)
+        missing = len(self.tokens) - sum(len(run.tokens) for run in self.exact_runs)
+        exact = sum(run.num_bytes for run in self.exact_runs)
+        return rows + raw + exact + missing * self.exact_bytes
 
     def view(self, tier: Tier, tokens: TokenRange) -> np.ndarray:
         """Rows of `tokens`, which must lie inside this piece."""
         return self.rows[tier][tokens.start - self.tokens.start : tokens.end - self.tokens.start]
 
+    def raw_vectors(self, tokens: TokenRange) -> RawVectors | None:
+        """Raw vectors of `tokens`; None where there are none (the common case)."""
+        found = [part for raw in self.raw if (part := raw.of(tokens.start, tokens.end))]
+        return RawVectors.join(found) if found else None
+
 
 def plan_pieces(
-    num_tokens: int, first_token: int, exact_first: int, exact_last: int, codec: Codec, exact: Codec
+    num_tokens: int,
+    first_token: int,
+    exact_first: int,
+    exact_last: int,
+    codec: Codec | RowLayout,
+    exact: Codec,
+    *,
+    exact_tier: bool = False,
 ) -> list[Piece]:
-    """Pieces of tokens [first_token, num_tokens), without rows yet, in token order."""
+    """Pieces of tokens [first_token, num_tokens), without rows yet, in token order.
+
+    `exact_tier` adds the exact tier to the pieces that have a residual.
+    """
     head = min(exact_first, num_tokens)
     tail = max(head, num_tokens - exact_last)
     spans = [(TokenRange(0, head), exact), (TokenRange(head, tail), codec)]
     spans.append((TokenRange(tail, num_tokens), exact))
     clipped = [(tokens.clip(first_token, num_tokens), used) for tokens, used in spans]
-    return [Piece(tokens, used) for tokens, used in clipped if len(tokens)]
+    bits = EXACT_ESTIMATE_BITS[exact.geometry.dtype]
+    estimate = exact.geometry.elements_per_token * bits // 8
+    return [
+        Piece(tokens, used, estimate if exact_tier and len(used.tiers) > 1 else 0)
+        for tokens, used in clipped
+        if len(tokens)
+    ]
 
 
 @dataclass
@@ -66,21 +145,22 @@ class TierBuffers:
 
     @property
     def num_bytes(self) -> int:
-        """Host memory that `allocate` takes."""
-        return sum(self.tier_bytes(tier) for tier in Tier)
+        """Host memory of everything encoded; of what the exact tier still lacks, an estimate."""
+        return sum(piece.num_bytes for piece in self.pieces)
 
-    def tier_bytes(self, tier: Tier) -> int:
-        """Bytes of one tier."""
-        return sum(
-            len(piece.tokens) * piece.codec.bytes_per_token(tier)
-            for piece in self.pieces
-            if tier in piece.codec.tiers
-        )
+    @property
+    def spare_bytes(self) -> int:
+        """The estimated part of `num_bytes`."""
+        return sum(len(piece.tokens) * piece.exact_bytes for piece in self.pieces)
 
     @property
     def tiers(self) -> list[Tier]:
-        """Tiers that have any rows, anchor first."""
-        return [tier for tier in Tier if self.tier_bytes(tier)]
+        """Tiers that have any tokens, anchor first."""
+        return [tier for tier in Tier if any(tier in piece.tiers for piece in self.pieces)]
+
+    def tier_tokens(self, tier: Tier) -> int:
+        """Tokens that have this tier."""
+        return sum(len(piece.tokens) for piece in self.pieces if tier in piece.tiers)
 
     def allocate(self) -> None:
         """Make room for every row (untouched pages cost nothing until written)."""
@@ -89,25 +169,18 @@ class TierBuffers:
                 shape = (len(piece.tokens), piece.codec.bytes_per_token(tier))
                 piece.rows[tier] = np.empty(shape, np.uint8)
 
+    def forget_encoded(self) -> None:
+        """Drop what was encoded beside the rows: the prefill starts over."""
+        for piece in self.pieces:
+            piece.raw.clear()
+            piece.exact_runs.clear()
+
     def overlapping(self, tokens: TokenRange) -> Iterator[tuple[Piece, TokenRange]]:
         """Every piece that shares tokens with `tokens`, and the shared range."""
         for piece in self.pieces:
             shared = piece.tokens.clip(*tokens)
             if len(shared):
                 yield piece, shared
-
-    def frames(
-        self, tier: Tier, first_token: int, frame_bytes: int
-    ) -> Iterator[tuple[Piece, TokenRange]]:
-        """Cut one tier from `first_token` on into frames of at most `frame_bytes` (>= 1 token)."""
-        for piece in self.pieces:
-            if tier not in piece.codec.tiers:
-                continue
-            step = max(1, frame_bytes // piece.codec.bytes_per_token(tier))
-            start = max(piece.tokens.start, first_token)
-            while start < piece.tokens.end:
-                yield piece, TokenRange(start, min(start + step, piece.tokens.end))
-                start += step
 
 
 def slots_of(

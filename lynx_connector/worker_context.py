@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from lynx_kernels.paged import PagedKVCache
 
 from lynx_connector.codec import KVGeometry
+from lynx_connector.codec.rotary import Rotary
 from lynx_connector.config import LynxConfig
 from lynx_connector.events import EventLog
 from lynx_connector.transport.handshake import Identity
@@ -20,7 +21,10 @@ class WorkerContext:
     identity: Identity
     rank: int
     """Tensor parallel rank; fetches from the producer's worker of the same rank."""
+    tensor_parallel_size: int
     geometry: KVGeometry
+    rotary: Rotary | None
+    """The model's rotary embedding; None where it is not known."""
     cache: PagedKVCache
     block_size: int
     """vLLM's block size in tokens."""

@@ -19,6 +19,11 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 
+bench_app = typer.Typer(
+    help="Measure codecs on real KV tensors, and kernels on this machine.", no_args_is_help=True
+)
+app.add_typer(bench_app, name="bench")
+
 _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
@@ -73,3 +78,63 @@ def doctor(
     from lynx_connector.cli.run_doctor import run
 
     run(peer, json_output)
+
+
+@app.command()
+def calibrate(
+    model: Annotated[str, typer.Argument(help="Model folder or hub name, as vLLM is given it.")],
+    text: Annotated[list[Path], typer.Option(help="Text file to learn from; repeat it for more.")],
+    tables_dir: Annotated[
+        Path | None, typer.Option(help="Where a producer looks; default: its own default.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=512, help="Tokens to learn from, at most.")] = 8192,
+    dtype: Annotated[
+        str,
+        typer.Option(help="Of the KV cache; auto: the model's own."),
+    ] = "auto",
+    tensor_parallel_size: Annotated[
+        int, typer.Option(min=1, help="As vLLM is given it: every rank has tables of its own.")
+    ] = 1,
+    revision: Annotated[
+        str | None, typer.Option(help="Of a hub model, as vLLM is given it.")
+    ] = None,
+    model_id: Annotated[
+        str | None, typer.Option(help="The producer's model_id, if it is configured.")
+    ] = None,
+) -> None:
+    """Learn the tables of the codec klt ahead of time. A producer learns them by itself anyway."""
+    from lynx_connector.cli.run_calibrate import Target, run
+
+    target = Target(model, tables_dir, dtype, tensor_parallel_size, revision, model_id)
+    run(target, text, tokens)
+
+
+@bench_app.command("codec")
+def bench_codec(
+    model: Annotated[Path, typer.Option(help="Model folder.")],
+    text: Annotated[list[Path], typer.Option(help="Text file; repeat it for more.")],
+    json_path: Annotated[Path, typer.Option("--json", help="Where the report is written.")],
+    png: Annotated[Path | None, typer.Option(help="Picture: quality against bits.")] = None,
+    starts: Annotated[int, typer.Option(help="Prompts made of each text.")] = 5,
+    codec: Annotated[
+        list[str] | None, typer.Option(help="Row to measure; repeat it for more. Default: all.")
+    ] = None,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens taken of each text.")] = 2000,
+    dtype: Annotated[str, typer.Option(help="Of the KV cache.")] = "bfloat16",
+) -> None:
+    """Every codec on real KV tensors: bits, errors, and what becomes of the drafts."""
+    from lynx_connector.cli.run_bench_codec import run
+
+    run(model, text, json_path, png, starts, codec or [], prompt_tokens, dtype)
+
+
+@bench_app.command("kernels")
+def bench_kernels(
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Where the report is written.")
+    ] = None,
+) -> None:
+    """Every op on the device found, against a plain copy of the same KV."""
+    from lynx_connector.cli.run_bench_kernels import bench_kernels as run
+
+    run(json_path)

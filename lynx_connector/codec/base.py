@@ -71,8 +71,8 @@ class KVGeometry:
 class Codec(ABC):
     """One way to encode KV vectors, for one geometry. Stateless: safe to share between threads.
 
-    Each vector is encoded on its own, so encoding a range of tokens gives the same rows whether
-    it is done at once or in parts.
+    Each vector is encoded on its own (and, with RoPE undone, from its position), so encoding a
+    range of tokens gives the same rows whether it is done at once or in parts.
     """
 
     name: ClassVar[str]
@@ -102,11 +102,15 @@ class Codec(ABC):
         return 8 * total / self.geometry.elements_per_token
 
     def encode(
-        self, cache: PagedKVCache, slots: NDArray[np.int64], out: Mapping[Tier, Rows]
+        self,
+        cache: PagedKVCache,
+        slots: NDArray[np.int64],
+        out: Mapping[Tier, Rows],
+        first_position: int = 0,
     ) -> None:
         """Encode the tokens at `slots` into `out`.
 
-        slots: int64 [T]; out: for every tier of the codec a writable C-contiguous uint8 array
+        slots: int64 [T], of the tokens at positions first_position and up; out: for every tier of the codec a writable C-contiguous uint8 array
         [T, bytes_per_token]. Raises CodecError or ValueError before anything is written.
         """
         slots = self._check(cache, slots)
@@ -117,20 +121,26 @@ class Codec(ABC):
             if not rows.flags.writeable:
                 raise CodecError(f"codec {self.name}: rows of {tier.name} are read-only")
         if cache.device.type == "cpu":
-            self._encode_cpu(cache, slots, out)
+            self._encode_cpu(cache, slots, out, first_position)
             return
         for start in range(0, len(slots), _TORCH_TOKENS):
             part = slice(start, start + _TORCH_TOKENS)
             values = torch.stack(
                 [cache.gather(layer, slots[part]) for layer in range(cache.num_layers)], dim=1
             )
-            for tier, encoded in self.encode_values(values).items():
+            for tier, encoded in self.encode_values(values, first_position + start).items():
                 out[tier][part] = encoded.cpu().numpy()
 
-    def decode(self, tiers: Sequence[Rows], cache: PagedKVCache, slots: NDArray[np.int64]) -> None:
+    def decode(
+        self,
+        tiers: Sequence[Rows],
+        cache: PagedKVCache,
+        slots: NDArray[np.int64],
+        first_position: int = 0,
+    ) -> None:
         """Write the reconstruction of K and V into the paged cache at `slots`.
 
-        tiers: rows of the first one or more of the codec's tiers, in order, each C-contiguous
+        slots and first_position as in `encode`; tiers: rows of the first one or more of the codec's tiers, in order, each C-contiguous
         uint8 [T, bytes_per_token]; more tiers replace the coarser reconstruction. Slots must not
         repeat. Raises CodecError or ValueError before anything is written.
         """
@@ -142,15 +152,40 @@ class Codec(ABC):
         for tier, rows in zip(self.tiers, tiers, strict=False):
             self._check_rows(tier, rows, len(slots))
         if cache.device.type == "cpu":
-            self._decode_cpu(tiers, cache, slots)
+            self._decode_cpu(tiers, cache, slots, first_position)
             return
         for start in range(0, len(slots), _TORCH_TOKENS):
             part = slice(start, start + _TORCH_TOKENS)
             values = self.decode_values(
-                [torch.tensor(rows[part], device=cache.device) for rows in tiers]
+                [torch.tensor(rows[part], device=cache.device) for rows in tiers],
+                first_position + start,
             )
             for layer in range(cache.num_layers):
                 cache.scatter(layer, slots[part], values[:, layer])
+
+    def exceptions(self, anchor: Rows) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Vectors that the code cannot hold (NaN, infinity, overflow), to be sent as they are.
+
+        anchor: rows of the anchor tier. Returns (token, vector), int64 [n] each, where vector is
+        (layer * 2 + (0 for K, 1 for V)) * heads + head. `decode` makes them NaN.
+        """
+        none = np.zeros(0, dtype=np.int64)
+        return none, none
+
+    def error_spread(self, anchor: Rows) -> NDArray[np.int16]:
+        """Expected error of each vector's final reconstruction: int16 [T, L * 2 * H].
+
+        In 1/8 octaves: 8 * log2 of the standard deviation, to which `error_tilt` adds what is
+        known of each element. The exact tier chooses its code by it. Raises CodecError for a codec
+        of one tier.
+        """
+        raise CodecError(f"codec {self.name} has no tier to refine")
+
+    @property
+    def error_tilt(self) -> NDArray[np.int16]:
+        """int16 [L, 2, H, D], 1/8 octaves: see `error_spread`."""
+        g = self.geometry
+        return np.zeros((g.num_layers, 2, g.num_kv_heads, g.head_dim), dtype=np.int16)
 
     def warmup(self) -> None:
         """Compile or load the CPU kernels that this geometry needs (seconds when not cached)."""
@@ -166,11 +201,13 @@ class Codec(ABC):
         small.decode(list(out.values()), cache, slots)
 
     @abstractmethod
-    def encode_values(self, values: torch.Tensor) -> dict[Tier, torch.Tensor]:
+    def encode_values(
+        self, values: torch.Tensor, first_position: int = 0
+    ) -> dict[Tier, torch.Tensor]:
         """Torch reference, any device: values [T, L, 2, H, D] -> rows uint8 [T, bytes] per tier."""
 
     @abstractmethod
-    def decode_values(self, tiers: Sequence[torch.Tensor]) -> torch.Tensor:
+    def decode_values(self, tiers: Sequence[torch.Tensor], first_position: int = 0) -> torch.Tensor:
         """Torch reference, any device: rows as in `decode` -> values [T, L, 2, H, D]."""
 
     @abstractmethod
@@ -178,12 +215,20 @@ class Codec(ABC):
 
     @abstractmethod
     def _encode_cpu(
-        self, cache: PagedKVCache, slots: NDArray[np.int64], out: Mapping[Tier, Rows]
+        self,
+        cache: PagedKVCache,
+        slots: NDArray[np.int64],
+        out: Mapping[Tier, Rows],
+        first_position: int,
     ) -> None: ...
 
     @abstractmethod
     def _decode_cpu(
-        self, tiers: Sequence[Rows], cache: PagedKVCache, slots: NDArray[np.int64]
+        self,
+        tiers: Sequence[Rows],
+        cache: PagedKVCache,
+        slots: NDArray[np.int64],
+        first_position: int,
     ) -> None: ...
 
     def _vectors(self, codes: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ that is 4.125 and 4 bits per element. `lynx_kernels.hadamard` defines the code.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
@@ -33,32 +34,51 @@ class HadamardCodec(Codec):
         except ValueError as error:
             raise CodecError(f"codec {self.name}: {error}") from None
         self._code_bytes = geometry.elements_per_token // 2
+        # A part's width averages to about 1/128 of the range, uniform inside: std = width / 12^.5.
+        self._spread = np.int16(-hadamard.SCALE_BIAS + round(8 * math.log2(1 / 128 / 12**0.5)))
 
-    def encode_values(self, values: torch.Tensor) -> dict[Tier, torch.Tensor]:
+    def encode_values(
+        self, values: torch.Tensor, first_position: int = 0
+    ) -> dict[Tier, torch.Tensor]:
         anchor, scale, residual = hadamard.encode(values)
         return {
             Tier.ANCHOR: torch.cat((anchor.flatten(1), scale.flatten(1)), dim=1),
             Tier.RESIDUAL: residual.flatten(1),
         }
 
-    def decode_values(self, tiers: Sequence[torch.Tensor]) -> torch.Tensor:
+    def decode_values(self, tiers: Sequence[torch.Tensor], first_position: int = 0) -> torch.Tensor:
         anchor = self._vectors(tiers[0][:, : self._code_bytes])
         scale = self._vectors(tiers[0][:, self._code_bytes :]).squeeze(-1)
         residual = self._vectors(tiers[1]) if len(tiers) == 2 else None
         return hadamard.decode(anchor, scale, residual, self.dtype)
+
+    def exceptions(self, anchor: Rows) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        token, vector = np.nonzero(anchor[:, self._code_bytes :] == hadamard.SCALE_NONFINITE)
+        return token, vector
+
+    def error_spread(self, anchor: Rows) -> NDArray[np.int16]:
+        return anchor[:, self._code_bytes :].astype(np.int16) + self._spread
 
     def _row_bytes(self, tier: Tier) -> int:
         scales = self.geometry.vectors_per_token if tier == Tier.ANCHOR else 0
         return self._code_bytes + scales
 
     def _encode_cpu(
-        self, cache: PagedKVCache, slots: NDArray[np.int64], out: Mapping[Tier, Rows]
+        self,
+        cache: PagedKVCache,
+        slots: NDArray[np.int64],
+        out: Mapping[Tier, Rows],
+        first_position: int,
     ) -> None:
         for layer in range(cache.num_layers):
             hadamard_cpu.encode_layer(cache, layer, slots, out[Tier.ANCHOR], out[Tier.RESIDUAL])
 
     def _decode_cpu(
-        self, tiers: Sequence[Rows], cache: PagedKVCache, slots: NDArray[np.int64]
+        self,
+        tiers: Sequence[Rows],
+        cache: PagedKVCache,
+        slots: NDArray[np.int64],
+        first_position: int,
     ) -> None:
         residual = tiers[1] if len(tiers) == 2 else None
         for layer in range(cache.num_layers):

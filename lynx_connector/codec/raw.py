@@ -25,17 +25,23 @@ class RawCodec(Codec):
     name: ClassVar[str] = "bf16"
     tiers: ClassVar[tuple[Tier, ...]] = (Tier.ANCHOR,)
 
-    def encode_values(self, values: torch.Tensor) -> dict[Tier, torch.Tensor]:
+    def encode_values(
+        self, values: torch.Tensor, first_position: int = 0
+    ) -> dict[Tier, torch.Tensor]:
         return {Tier.ANCHOR: raw.encode(values).flatten(1)}
 
-    def decode_values(self, tiers: Sequence[torch.Tensor]) -> torch.Tensor:
+    def decode_values(self, tiers: Sequence[torch.Tensor], first_position: int = 0) -> torch.Tensor:
         return raw.decode(self._vectors(tiers[0]), self.dtype)
 
     def _row_bytes(self, tier: Tier) -> int:
         return self.geometry.elements_per_token * self.dtype.itemsize
 
     def _encode_cpu(
-        self, cache: PagedKVCache, slots: NDArray[np.int64], out: Mapping[Tier, Rows]
+        self,
+        cache: PagedKVCache,
+        slots: NDArray[np.int64],
+        out: Mapping[Tier, Rows],
+        first_position: int,
     ) -> None:
         rows = out[Tier.ANCHOR]
         words = rows.view(cache.bits(0).dtype)
@@ -46,7 +52,11 @@ class RawCodec(Codec):
             words[:] = target
 
     def _decode_cpu(
-        self, tiers: Sequence[Rows], cache: PagedKVCache, slots: NDArray[np.int64]
+        self,
+        tiers: Sequence[Rows],
+        cache: PagedKVCache,
+        slots: NDArray[np.int64],
+        first_position: int,
     ) -> None:
         words = np.require(tiers[0].view(cache.bits(0).dtype), requirements="A")
         for layer in range(cache.num_layers):

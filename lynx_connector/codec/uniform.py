@@ -36,11 +36,13 @@ class UniformCodec(Codec):
             )
         self._code_bytes = geometry.elements_per_token * self.bits // 8
 
-    def encode_values(self, values: torch.Tensor) -> dict[Tier, torch.Tensor]:
+    def encode_values(
+        self, values: torch.Tensor, first_position: int = 0
+    ) -> dict[Tier, torch.Tensor]:
         codes, scales = uniform.encode(values, self.bits)
         return {Tier.ANCHOR: torch.cat((codes.flatten(1), scales.flatten(1)), dim=1)}
 
-    def decode_values(self, tiers: Sequence[torch.Tensor]) -> torch.Tensor:
+    def decode_values(self, tiers: Sequence[torch.Tensor], first_position: int = 0) -> torch.Tensor:
         codes = self._vectors(tiers[0][:, : self._code_bytes])
         scales = self._vectors(tiers[0][:, self._code_bytes :])
         return uniform.decode(codes, scales, self.bits, self.dtype)
@@ -49,13 +51,21 @@ class UniformCodec(Codec):
         return self._code_bytes + 2 * self.geometry.vectors_per_token
 
     def _encode_cpu(
-        self, cache: PagedKVCache, slots: NDArray[np.int64], out: Mapping[Tier, Rows]
+        self,
+        cache: PagedKVCache,
+        slots: NDArray[np.int64],
+        out: Mapping[Tier, Rows],
+        first_position: int,
     ) -> None:
         for layer in range(cache.num_layers):
             uniform_cpu.encode_layer(cache, layer, slots, out[Tier.ANCHOR], self.bits)
 
     def _decode_cpu(
-        self, tiers: Sequence[Rows], cache: PagedKVCache, slots: NDArray[np.int64]
+        self,
+        tiers: Sequence[Rows],
+        cache: PagedKVCache,
+        slots: NDArray[np.int64],
+        first_position: int,
     ) -> None:
         for layer in range(cache.num_layers):
             uniform_cpu.decode_layer(cache, layer, slots, tiers[0], self.bits)

@@ -8,7 +8,7 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lynx_connector.config import LynxConfig, StartMode
+from lynx_connector.config import ONE_TIER_CODECS, LynxConfig, StartMode
 from lynx_connector.errors import ProtocolError
 from lynx_connector.events import EventLog
 from lynx_connector.metadata import (
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 logger = logging.getLogger("vllm.lynx.consumer")
-
-ONE_TIER_CODECS = ("bf16", "int8", "int4")
 
 
 @dataclass
@@ -186,6 +184,9 @@ class ConsumerScheduler:
                 block_ids=block_ids[first_block : -(-num_tokens // self._block_size)],
                 speculative=decode.speculative,
                 failure=decode.failure,
+                anchor_bits=handoff.lynx.anchor_bits if handoff else 4,
+                final_tier=handoff.lynx.final_tier if handoff else "residual",
+                tables=handoff.lynx.tables if handoff else [],
             )
         )
         self._events(

@@ -10,10 +10,17 @@ import logging
 import time
 from collections import deque
 
-from lynx_connector.codec import Codec, Tier, get_codec
+from lynx_connector.codec import Tier
+from lynx_connector.codec.table_store import TableStore
+from lynx_connector.codec_cache import CodecCache
+from lynx_connector.config import FALLBACK_CODEC, FinalTier
+from lynx_connector.consumer.budget import Reservation, StagingBudget
 from lynx_connector.consumer.inbound import InboundTransfer, LandedRows
+from lynx_connector.consumer.tables import ConsumerTables
+from lynx_connector.consumer.writer import TierWriter
 from lynx_connector.errors import LynxError
 from lynx_connector.metadata import LoadRequest, LynxMetadata, LynxWorkerMetadata, ReleaseRequest
+from lynx_connector.protocol import TABLE_CODECS
 from lynx_connector.transfer import TierBuffers, TokenRange, plan_pieces, slots_of
 from lynx_connector.transport.client import TierClient
 from lynx_connector.worker_context import WorkerContext
@@ -30,16 +37,25 @@ class ConsumerWorker:
         config = context.config
         self._rank = context.rank
         self._geometry = context.geometry
-        self._cache = context.cache
         self._block_size = context.block_size
         self._loop = context.loop
         self._events = context.events
-        self._staging_limit = int(config.staging_bytes)
-        self._staging_used = 0
-        self._client = TierClient(context.identity, config.transfer_timeout_seconds)
-        self._codecs: dict[str, Codec] = {}
-        for name in (config.codec, "bf16"):  # compile before the first request
-            self._codec(name)
+        self._budget = StagingBudget(int(config.staging_bytes))
+        store = TableStore(
+            config.tables_root(),
+            context.identity.compat,
+            context.rank,
+            context.tensor_parallel_size,
+            context.geometry,
+        )
+        self._codecs = CodecCache(context.geometry)
+        self._tables = ConsumerTables(
+            store, context.geometry, lambda new: self._codecs.get(TABLE_CODECS[0], tables=new)
+        )
+        self._client = TierClient(context.identity, config.transfer_timeout_seconds, self._tables)
+        for name in (FALLBACK_CODEC, "bf16"):  # compile before the first request
+            self._codecs.get(name)
+        self._writer = TierWriter(context.cache, self._codecs, self._tables)
         self._active: dict[str, InboundTransfer] = {}
         self._queued: deque[LoadRequest] = deque()
         self._finished_recving: set[str] = set()
@@ -80,21 +96,12 @@ class ConsumerWorker:
         failed, self._failed_recving = self._failed_recving, set()
         return finished | failed, failed
 
-    def take_report(self) -> LynxWorkerMetadata | None:
-        """What the scheduler half must know beyond vLLM's own fields; None if nothing."""
-        report = self._report
-        if not (report.refined or report.failed or report.anchored):
-            return None
-        self._report = LynxWorkerMetadata()
+    def take_report(self) -> LynxWorkerMetadata:
+        """What the scheduler half must know beyond vLLM's own fields."""
+        report, self._report = self._report, LynxWorkerMetadata()
         return report
 
     # ---- transfers -------------------------------------------------------------------------
-
-    def _codec(self, name: str) -> Codec:
-        if name not in self._codecs:
-            self._codecs[name] = get_codec(name, self._geometry)
-            self._codecs[name].warmup()
-        return self._codecs[name]
 
     def _start_queued(self) -> None:
         while self._queued:
@@ -109,45 +116,53 @@ class ConsumerWorker:
                     load.first_token,
                     load.exact_first,
                     load.exact_last,
-                    self._codec(load.codec),
-                    self._codec("bf16"),
+                    self._codecs.layout(load.codec, load.anchor_bits),
+                    self._codecs.get("bf16"),
+                    exact_tier=load.final_tier == FinalTier.EXACT,
                 )
             except LynxError as error:
                 self._queued.popleft()
                 self._fail_load(load, str(error))
                 continue
             buffers = TierBuffers(pieces)
-            if buffers.num_bytes > self._staging_limit:
+            if buffers.num_bytes > self._budget.limit:
                 self._queued.popleft()
                 self._fail_load(
                     load,
                     f"transfer of {buffers.num_bytes} bytes exceeds this instance's "
-                    f"staging_bytes={self._staging_limit}",
+                    f"staging_bytes={self._budget.limit}",
                 )
                 self._release(load, "consumer's staging is too small")
                 continue
-            if self._staging_used + buffers.num_bytes > self._staging_limit:
+            size = buffers.num_bytes
+            reservation = Reservation.take(self._budget, size, buffers.spare_bytes)
+            if reservation is None:
                 return  # oldest first: wait until earlier transfers give memory back
             self._queued.popleft()
-            self._start(load, buffers)
+            self._start(load, buffers, reservation)
 
-    def _start(self, load: LoadRequest, buffers: TierBuffers) -> None:
+    def _start(self, load: LoadRequest, buffers: TierBuffers, reservation: Reservation) -> None:
         buffers.allocate()
-        self._staging_used += buffers.num_bytes
         tokens = TokenRange(load.first_token, load.num_tokens)
         first_block = load.first_token // self._block_size
         slots = slots_of(tokens, load.block_ids, first_block, self._block_size)
-        transfer = InboundTransfer(load, buffers, slots)
+        tables = load.tables[self._rank] if load.tables else ""
+        transfer = InboundTransfer(load, buffers, slots, self._geometry, reservation, tables)
+        self._tables.hold(tables)
         self._active[load.request_id] = transfer
         address = (load.host, load.ports[self._rank])
         self._loop.post(self._client.fetch, address, transfer, load.first_token, load.num_tokens)
 
     def _advance(self, transfer: InboundTransfer, deadline: float) -> None:
         failure = transfer.failure
-        while failure is None and (rows := transfer.take_landed()):
-            self._write(transfer, rows)
-            if time.monotonic() > deadline:
-                break
+        try:
+            ready = failure is None and self._writer.ready(transfer)
+            while ready and (rows := transfer.take_landed()):
+                self._write(transfer, rows)
+                if time.monotonic() > deadline:
+                    break
+        except LynxError as error:
+            failure = str(error)
         if failure is not None:
             self._fail(transfer, failure)
             return
@@ -166,14 +181,8 @@ class ConsumerWorker:
             self._end(transfer, "done")
 
     def _write(self, transfer: InboundTransfer, rows: LandedRows) -> None:
-        """Decode rows into the cache: the anchor at once if drafting starts on it, else only
-        together with the residual."""
-        piece, tier, tokens = rows.piece, rows.tier, rows.tokens
-        final = tier is piece.codec.tiers[-1]
-        if final or transfer.load.speculative:
-            tiers = [piece.view(t, tokens) for t in piece.codec.tiers if t <= tier]
-            piece.codec.decode(tiers, self._cache, transfer.slots_for(tokens))
-        transfer.mark_written(rows)
+        self._writer.write(transfer, rows)
+        tier, tokens = rows.tier, rows.tokens
         load = transfer.load
         self._events(
             "patched" if tier is not Tier.ANCHOR else "frame",
@@ -204,14 +213,15 @@ class ConsumerWorker:
 
     def _end(self, transfer: InboundTransfer, cause: str) -> None:
         del self._active[transfer.load.request_id]
-        self._staging_used -= transfer.buffers.num_bytes
+        transfer.reservation.close()
+        self._tables.release(transfer.tables)
         self._release(transfer.load, cause)
         self._events(
             "transfer_ended",
             transfer.load.request_id,
             transfer.transfer_id,
             cause=cause,
-            staging_bytes=self._staging_used,
+            staging_bytes=self._budget.used,
         )
 
     def _release(self, load: LoadRequest | ReleaseRequest, cause: str) -> None:

@@ -8,10 +8,15 @@ import uuid
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from lynx_connector.config import EXACT_FIRST_TOKENS, LynxConfig
+from lynx_connector.config import (
+    DEFAULT_ANCHOR_BITS,
+    EXACT_FIRST_TOKENS,
+    FALLBACK_CODEC,
+    LynxConfig,
+)
 from lynx_connector.events import EventLog
-from lynx_connector.metadata import EncodeChunk, LynxMetadata
-from lynx_connector.protocol import PROTOCOL_VERSION
+from lynx_connector.metadata import EncodeChunk, EncodePlan, LynxMetadata, LynxWorkerMetadata
+from lynx_connector.protocol import PROTOCOL_VERSION, TABLE_CODECS
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -29,6 +34,8 @@ class _Prefill:
     """Tokens that the workers have been told to encode."""
     opened: bool = False
     """Whether the workers know the request, and so will report when its blocks are free."""
+    plan: EncodePlan | None = None
+    """Decided at the first chunk and kept through preemptions, whatever is learned meanwhile."""
 
 
 class ProducerScheduler:
@@ -52,10 +59,28 @@ class ProducerScheduler:
         self._ports: list[int] = []
         self._prefills: dict[str, _Prefill] = {}
         self._dropped: list[str] = []
+        self._tables: dict[int, str] = {}
+        """Digest of the newest tables of each rank that has any."""
 
-    def set_ports(self, ports: list[int]) -> None:
-        """Where the workers listen, by rank."""
+    def set_workers(self, ports: list[int], tables: list[str]) -> None:
+        """Where the workers listen and which tables they begin with, by rank."""
         self._ports = ports
+        self._tables = {rank: digest for rank, digest in enumerate(tables) if digest}
+
+    def update(self, report: LynxWorkerMetadata) -> None:
+        """What the workers reported in this step."""
+        self._tables.update(report.tables)
+
+    def _choose(self) -> EncodePlan:
+        """How a request that begins now is encoded: with tables once all ranks have some."""
+        codec, bits = self._config.codec, self._config.anchor_bits
+        tables: tuple[str, ...] = ()
+        if codec in TABLE_CODECS:
+            if len(self._tables) == self._tp_size:
+                tables = tuple(self._tables[rank] for rank in range(self._tp_size))
+            else:
+                codec, bits = FALLBACK_CODEC, DEFAULT_ANCHOR_BITS
+        return EncodePlan(codec, bits, self._config.final_tier.value, tables)
 
     def add(self, request: "Request") -> None:
         """A new request; followed if a decode instance is to go on with it."""
@@ -113,6 +138,8 @@ class ProducerScheduler:
         start = prefill.submitted
         if end <= start:
             return
+        if prefill.plan is None:
+            prefill.plan = self._choose()
         first_block, last_block = start // self._block_size, -(-end // self._block_size)
         metadata.encode.append(
             EncodeChunk(
@@ -122,6 +149,8 @@ class ProducerScheduler:
                 start,
                 end,
                 prefill.block_ids[first_block:last_block],
+                prefill.plan,
+                fresh=max(start, computed),
             )
         )
         prefill.submitted, prefill.opened = end, True
@@ -138,11 +167,14 @@ class ProducerScheduler:
         if prefill.submitted < prefill.num_tokens or not _ended_normally(request):
             self._dropped.append(request.request_id)
             return prefill.opened, None
+        plan = prefill.plan
+        assert plan is not None  # every token was submitted
         self._events(
             "handoff",
             request.request_id,
             prefill.transfer_id,
             prompt_tokens=prefill.num_tokens,
+            codec=plan.codec,
         )
         return True, {
             "do_remote_prefill": True,
@@ -157,7 +189,10 @@ class ProducerScheduler:
             "lynx": {
                 "version": PROTOCOL_VERSION,
                 "num_tokens": prefill.num_tokens,
-                "codec": self._config.codec,
+                "codec": plan.codec,
+                "anchor_bits": plan.anchor_bits,
+                "final_tier": plan.final_tier,
+                "tables": list(plan.tables),
                 "exact_first": EXACT_FIRST_TOKENS,
                 "exact_last": self._config.exact_last_tokens,
                 "ports": self._ports,

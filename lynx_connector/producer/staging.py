@@ -4,6 +4,7 @@
 import threading
 import time
 
+from lynx_connector.codec import KltTables
 from lynx_connector.errors import TransferError
 from lynx_connector.events import EventLog
 from lynx_connector.transfer import TierBuffers
@@ -15,16 +16,30 @@ class StagedTransfer:
     `encoded` grows with the prefill; a preemption (`restarts`) sends it back to 0.
     """
 
-    def __init__(self, transfer_id: str, request_id: str, num_tokens: int, buffers: TierBuffers):
+    def __init__(
+        self,
+        transfer_id: str,
+        request_id: str,
+        num_tokens: int,
+        buffers: TierBuffers,
+        tables: KltTables | None = None,
+    ):
         self.transfer_id = transfer_id
         self.request_id = request_id
         self.num_tokens = num_tokens
         self.buffers = buffers
+        self.tables = tables
+        """What its codec was learned from; held until no consumer can ask for them any more."""
         self.num_bytes = buffers.num_bytes
         self.encoded = 0
         self.dropped = False
         self.restarts = 0
         self._touched = time.monotonic()
+
+    def restart(self) -> None:
+        """The prefill starts over; what was encoded is not sent."""
+        self.encoded = 0
+        self.buffers.forget_encoded()
 
     def touch(self) -> None:
         """Contact with a consumer: the lease starts anew."""
@@ -60,17 +75,47 @@ class StagingStore:
         """Take memory for a transfer; False (and a cause for the consumer) if there is no room."""
         with self._lock:
             if self.used_bytes + transfer.num_bytes > self._limit:
-                self._remember(
-                    transfer.transfer_id,
-                    f"prefill's staging is full: {transfer.num_bytes} bytes needed, "
-                    f"{self.used_bytes} of {self._limit} in use (staging_bytes)",
-                )
+                self._remember(transfer.transfer_id, self._full(transfer.num_bytes))
                 transfer.dropped = True
                 return False
             self.used_bytes += transfer.num_bytes
             self._transfers[transfer.transfer_id] = transfer
         transfer.buffers.allocate()
         return True
+
+    def refuse(self, transfer: StagedTransfer, cause: str) -> None:
+        """Remember why a transfer cannot be staged at all."""
+        with self._lock:
+            self._remember(transfer.transfer_id, cause)
+            transfer.dropped = True
+
+    def resize(self, transfer: StagedTransfer) -> bool:
+        """Count what was encoded instead of what was estimated; False, and the transfer is
+        dropped with its cause, if there is no room."""
+        num_bytes = transfer.buffers.num_bytes
+        with self._lock:
+            if transfer.dropped:
+                return False
+            growth = num_bytes - transfer.num_bytes
+            if growth <= 0 or self.used_bytes + growth <= self._limit:
+                self.used_bytes += growth
+                transfer.num_bytes = num_bytes
+                return True
+            cause = self._full(growth)
+        self.drop(transfer.transfer_id, cause)
+        return False
+
+    def find_tables(self, digest: str) -> KltTables | None:
+        """Tables that an open transfer was encoded with."""
+        with self._lock:
+            found = (t.tables for t in self._transfers.values() if t.tables is not None)
+            return next((tables for tables in found if tables.digest == digest), None)
+
+    def _full(self, needed: int) -> str:
+        return (
+            f"prefill's staging is full: {needed} bytes needed, "
+            f"{self.used_bytes} of {self._limit} in use (staging_bytes)"
+        )
 
     def lookup(self, transfer_id: str) -> StagedTransfer:
         """The transfer, if it is still here.

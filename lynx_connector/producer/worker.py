@@ -13,10 +13,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lynx_connector.codec import Codec, Tier, get_codec
-from lynx_connector.config import EXACT_FIRST_TOKENS
+from lynx_connector.codec import CodecError, KltTables
+from lynx_connector.codec.exact import ExactTier
+from lynx_connector.codec.table_store import TableStore
+from lynx_connector.codec_cache import CodecCache
+from lynx_connector.config import EXACT_FIRST_TOKENS, FALLBACK_CODEC, FinalTier
 from lynx_connector.metadata import EncodeChunk, LynxMetadata
+from lynx_connector.producer.encoder import ChunkEncoder
+from lynx_connector.producer.learning import OnlineLearning, start_learning
 from lynx_connector.producer.staging import StagedTransfer, StagingStore
+from lynx_connector.producer.tables import ProducerTables
+from lynx_connector.protocol import TABLE_CODECS
 from lynx_connector.streams import SideStream
 from lynx_connector.transfer import TierBuffers, TokenRange, plan_pieces, slots_of
 from lynx_connector.transport.server import TierServer
@@ -32,8 +39,14 @@ class _Job:
     slots: np.ndarray
     restarts: int
     """Value of `transfer.restarts` when the job was queued; a later one makes the job void."""
+    fresh: int
+    """First token not seen before: those of the prefix cache teach nothing new."""
     ready: object | None
     """What `SideStream.record` returned after the chunk's forward pass."""
+
+    def slots_of(self, tokens: TokenRange) -> np.ndarray:
+        """Slots of a part of the job's tokens."""
+        return self.slots[tokens.start - self.tokens.start : tokens.end - self.tokens.start]
 
 
 class ProducerWorker:
@@ -46,13 +59,34 @@ class ProducerWorker:
         self._block_size = context.block_size
         self._loop = context.loop
         self._events = context.events
-        self._codec: Codec = get_codec(config.codec, context.geometry)
-        self._exact: Codec = get_codec("bf16", context.geometry)
-        for codec in (self._codec, self._exact):
-            codec.warmup()
+        self._rank = context.rank
+        self._codecs = CodecCache(context.geometry)
+        self._exact = self._codecs.get("bf16")
+        learns = config.codec in TABLE_CODECS
+        codec = self._codecs.get(FALLBACK_CODEC if learns else config.codec)
+        if config.final_tier is FinalTier.EXACT and len(codec.tiers) > 1:
+            ExactTier(codec)  # refuses here what it cannot do
+        self._tables = ProducerTables(
+            TableStore(
+                config.tables_root(),
+                context.identity.compat,
+                context.rank,
+                context.tensor_parallel_size,
+                context.geometry,
+            )
+        )
+        if learns:
+            self._compile_stored_tables()
+        self._learning = start_learning(context, self._tables, self._codecs) if learns else None
+        self._chunks = ChunkEncoder(context.cache, context.geometry)
         self._store = StagingStore(int(config.staging_bytes), config.lease_seconds, self._events)
         self._server = TierServer(
-            self._store, context.identity, self._events, int(config.frame_bytes), config.link_mbit
+            self._store,
+            context.identity,
+            self._events,
+            int(config.frame_bytes),
+            config.link_mbit,
+            self if learns else None,
         )
         port = config.listen_port + context.rank if config.listen_port else 0
         self._loop.run(self._server.start(port))
@@ -64,9 +98,11 @@ class ProducerWorker:
         self._encoder = threading.Thread(target=self._encode_loop, name="lynx-encode", daemon=True)
         self._encoder.start()
         logger.info(
-            "lynx: serving tiers on UCX port %d (codec %s, staging %d bytes, compatibility %s)",
+            "lynx: serving tiers on UCX port %d (codec %s, final tier %s, staging %d bytes, "
+            "compatibility %s)",
             self.port,
             config.codec,
+            config.final_tier.value,
             config.staging_bytes,
             context.identity.compat,
         )
@@ -75,6 +111,31 @@ class ProducerWorker:
     def port(self) -> int:
         """Where this rank listens."""
         return self._server.port
+
+    def _compile_stored_tables(self) -> None:
+        digest = self._tables.current
+        try:
+            if tables := self._tables.find(digest):
+                self._codecs.get(self._config.codec, self._config.anchor_bits, tables)
+        except CodecError as error:
+            logger.warning("lynx: stored tables %s are not usable: %s", digest, error)
+            self._tables.forget(digest)
+
+    # ---- learned tables -----------------------------------------------------------------
+
+    @property
+    def current(self) -> str:
+        """Digest of the tables that new requests may use; empty while there are none."""
+        return self._tables.current if self._config.codec in TABLE_CODECS else ""
+
+    def find(self, digest: str) -> KltTables | None:
+        """Tables that a consumer may still ask for."""
+        return self._tables.find(digest) or self._store.find_tables(digest)
+
+    def take_report(self) -> dict[int, str]:
+        """This rank's newest digest, if it is new; else empty."""
+        digest = self._tables.take_report()
+        return {} if digest is None else {self._rank: digest}
 
     # ---- called by the connector within a step ------------------------------------------
 
@@ -88,7 +149,7 @@ class ProducerWorker:
                 # Its prefill starts over; what was encoded would only be encoded again.
                 transfer.restarts += 1
                 self._wait_idle(request_id)
-                transfer.encoded = 0
+                transfer.restart()
 
     def submit(self, metadata: LynxMetadata) -> None:
         """After the step's forward pass: queue its finished chunks."""
@@ -104,7 +165,7 @@ class ProducerWorker:
             slots = slots_of(tokens, chunk.block_ids, first_block, self._block_size)
             with self._pending_changed:
                 self._pending[chunk.request_id] = self._pending.get(chunk.request_id, 0) + 1
-            self._jobs.put(_Job(transfer, tokens, slots, transfer.restarts, ready))
+            self._jobs.put(_Job(transfer, tokens, slots, transfer.restarts, chunk.fresh, ready))
 
     def take_finished(self, finished_request_ids: set[str]) -> set[str]:
         """Finished requests whose blocks are not read any more (vLLM then frees them)."""
@@ -119,28 +180,43 @@ class ProducerWorker:
     # ---- encoding -------------------------------------------------------------------------
 
     def _open(self, chunk: EncodeChunk) -> StagedTransfer:
+        plan = chunk.plan
+        cause = None
+        tables = self.find(plan.tables[self._rank]) if plan.tables else None
+        try:
+            codec = self._codecs.get(plan.codec, plan.anchor_bits, tables)
+        except CodecError as error:
+            # Tables that the scheduler half chose are gone, or do not fit: the consumer is told.
+            cause, codec = f"prefill cannot encode: {error}", self._exact
         pieces = plan_pieces(
             chunk.num_tokens,
             0,
             EXACT_FIRST_TOKENS,
             self._config.exact_last_tokens,
-            self._codec,
+            codec,
             self._exact,
+            exact_tier=plan.final_tier == FinalTier.EXACT,
         )
         transfer = StagedTransfer(
-            chunk.transfer_id, chunk.request_id, chunk.num_tokens, TierBuffers(pieces)
+            chunk.transfer_id, chunk.request_id, chunk.num_tokens, TierBuffers(pieces), tables
         )
         self._transfers[chunk.request_id] = transfer
-        if not self._store.open(transfer):
-            logger.warning(
-                "lynx: request %s: no room in staging for %d bytes (%d of %d in use); its decode "
-                "instance will be told",
-                chunk.request_id,
-                transfer.num_bytes,
-                self._store.used_bytes,
-                self._config.staging_bytes,
-            )
+        if cause is not None:
+            self._store.refuse(transfer, cause)
+            logger.error("lynx: request %s: %s", chunk.request_id, cause)
+        elif not self._store.open(transfer):
+            self._log_full(transfer)
         return transfer
+
+    def _log_full(self, transfer: StagedTransfer) -> None:
+        logger.warning(
+            "lynx: request %s: no room in staging for %d bytes (%d of %d in use); its decode "
+            "instance will be told",
+            transfer.request_id,
+            transfer.buffers.num_bytes,
+            self._store.used_bytes,
+            self._config.staging_bytes,
+        )
 
     def _encode_loop(self) -> None:
         while (job := self._jobs.get()) is not None:
@@ -156,6 +232,8 @@ class ProducerWorker:
                     if not self._pending[transfer.request_id]:
                         del self._pending[transfer.request_id]
                     self._pending_changed.notify_all()
+            if self._learning is not None:
+                self._learning.build_if_due()
             self._loop.post(self._server.notify)
 
     def _encode(self, job: _Job) -> None:
@@ -165,14 +243,13 @@ class ProducerWorker:
             for piece, tokens in transfer.buffers.overlapping(job.tokens):
                 if transfer.dropped or transfer.restarts != job.restarts:
                     return
-                out: dict[Tier, np.ndarray] = {
-                    tier: piece.view(tier, tokens) for tier in piece.codec.tiers
-                }
-                start = tokens.start - job.tokens.start
-                slots = job.slots[start : start + len(tokens)]
-                piece.codec.encode(self._cache, slots, out)
+                self._chunks.encode(piece, tokens, job.slots_of(tokens))
+        if not self._store.resize(transfer):
+            self._log_full(transfer)
+            return
         transfer.touch()
         transfer.encoded = job.tokens.end
+        self._loop.post(self._server.notify)
         self._events(
             "chunk_encoded",
             transfer.request_id,
@@ -180,6 +257,16 @@ class ProducerWorker:
             tokens_done=job.tokens.end,
             seconds=round(time.monotonic() - began, 4),
         )
+        if self._learning is not None and self._learning.active:
+            self._learn(job, self._learning)
+
+    def _learn(self, job: _Job, learning: OnlineLearning) -> None:
+        """Behind the chunk's rows, so that the consumer does not wait for it."""
+        unseen = TokenRange(max(job.tokens.start, job.fresh), job.tokens.end)
+        with self._stream.after(job.ready):
+            for piece, tokens in job.transfer.buffers.overlapping(unseen):
+                if piece.codec is not self._exact and job.transfer.restarts == job.restarts:
+                    learning.observe(self._cache, job.slots_of(tokens), tokens.start)
 
     def _wait_idle(self, request_id: str) -> None:
         with self._pending_changed:
@@ -189,4 +276,6 @@ class ProducerWorker:
         """End the encoder and the listener."""
         self._jobs.put(None)
         self._encoder.join(timeout=5.0)
+        if self._learning is not None:
+            self._learning.stop()
         self._loop.run(self._server.stop(), timeout=5.0)

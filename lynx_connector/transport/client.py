@@ -13,6 +13,7 @@ from lynx_connector import protocol
 from lynx_connector.errors import LynxError, ProtocolError, TransferError
 from lynx_connector.transport.connection import Connection, checksum
 from lynx_connector.transport.handshake import Identity, greet
+from lynx_connector.transport.tables import TablesSink, WantedTables
 
 logger = logging.getLogger("vllm.lynx.client")
 
@@ -24,19 +25,24 @@ class Sink(Protocol):
     """Where the frames of one transfer go. Called from the transport thread."""
 
     transfer_id: str
+    tables: str
+    """Digest of the tables that its rows need; empty: none."""
 
     def buffer(self, frame: protocol.Frame) -> np.ndarray:
         """Memory for a frame's payload; raises TransferError if the frame is not acceptable."""
 
-    def landed(self, frame: protocol.Frame) -> bool:
-        """The payload is in the buffer and its checksum holds; True if nothing more is to come."""
+    def landed(self, frame: protocol.Frame, payload: np.ndarray) -> bool:
+        """The payload is in the buffer and its checksum holds; True if no frame is to come.
+
+        Raises TransferError if its content is not acceptable.
+        """
 
     def failed(self, cause: str) -> None:
         """Nothing more will arrive."""
 
 
-async def connect(address: Address, identity: Identity) -> Connection:
-    """Connect and shake hands.
+async def connect(address: Address, identity: Identity) -> tuple[Connection, protocol.Welcome]:
+    """Connect and shake hands; returns what the producer said of itself, too.
 
     Raises:
         TransferError: naming the address and the cause.
@@ -51,18 +57,19 @@ async def connect(address: Address, identity: Identity) -> Connection:
         raise TransferError(f"cannot connect to {host}:{port}: {error or 'timed out'}") from None
     connection = Connection(endpoint, f"{host}:{port}")
     try:
-        await greet(connection, identity)
+        welcome = await greet(connection, identity)
     except (LynxError, ConnectionError, TimeoutError) as error:
         await connection.close()
         raise TransferError(f"{host}:{port}: {error or 'handshake timed out'}") from None
-    return connection
+    return connection, welcome
 
 
 class TierClient:
-    """Fetches transfers. All methods run in the transport loop."""
+    """Fetches transfers and the tables they need. All methods run in the transport loop."""
 
-    def __init__(self, identity: Identity, timeout_seconds: float):
+    def __init__(self, identity: Identity, timeout_seconds: float, tables: TablesSink):
         self._identity = identity
+        self._tables = tables
         self._timeout = timeout_seconds
         self._peers: dict[Address, _Peer] = {}
         self._tasks: set[asyncio.Task] = set()
@@ -76,6 +83,7 @@ class TierClient:
         peer = self._peer(address)
         peer.add(sink)
         try:
+            await peer.want_tables(sink.tables)
             await peer.send(message)
         except (TransferError, ConnectionError) as error:
             peer.fail(sink, str(error))
@@ -86,7 +94,7 @@ class TierClient:
 
     async def _release(self, address: Address, transfer_id: str, cause: str) -> None:
         peer = self._peer(address)
-        peer.sinks.pop(transfer_id, None)
+        peer.forget(transfer_id)
         try:
             await peer.send(protocol.Release(transfer_id, cause[: protocol.MAX_CAUSE]))
         except (TransferError, ConnectionError) as error:
@@ -95,7 +103,8 @@ class TierClient:
     def _peer(self, address: Address) -> "_Peer":
         peer = self._peers.get(address)
         if peer is None or peer.lost:
-            peer = self._peers[address] = _Peer(address, self._identity, self._timeout)
+            peer = _Peer(address, self._identity, self._timeout, self._tables)
+            self._peers[address] = peer
             self._spawn(self._run(peer))
         return peer
 
@@ -125,7 +134,9 @@ class TierClient:
 class _Peer:
     """One connection and the sinks of the transfers that come over it."""
 
-    def __init__(self, address: Address, identity: Identity, timeout_seconds: float):
+    def __init__(
+        self, address: Address, identity: Identity, timeout_seconds: float, tables: TablesSink
+    ):
         self.address = address
         self.sinks: dict[str, Sink] = {}
         self.lost = False
@@ -134,13 +145,21 @@ class _Peer:
         self._heard = time.monotonic()
         self._connection: asyncio.Future[Connection] = asyncio.get_running_loop().create_future()
         self._name = f"{address[0]}:{address[1]}"
+        self._wanted = WantedTables(self._name, tables)
+        self._complete: set[str] = set()
+        """Transfers whose frames are all here, but not their tables."""
 
     def add(self, sink: Sink) -> None:
         if not self.sinks:
             self._heard = time.monotonic()
         self.sinks[sink.transfer_id] = sink
 
+    def forget(self, transfer_id: str) -> None:
+        self.sinks.pop(transfer_id, None)
+        self._complete.discard(transfer_id)
+
     def fail(self, sink: Sink, cause: str) -> None:
+        self._complete.discard(sink.transfer_id)
         if self.sinks.pop(sink.transfer_id, None) is not None:
             sink.failed(cause)
 
@@ -148,19 +167,30 @@ class _Peer:
         connection = await asyncio.shield(self._connection)
         await connection.send(message)
 
+    async def want_tables(self, digest: str) -> None:
+        """Ask for tables unless they are here or asked for."""
+        if digest and (request := await self._wanted.request(digest)) is not None:
+            await self.send(request)
+
     async def run(self) -> None:
         """Connect, receive until the connection ends, then fail what is left."""
         cause = f"connection to {self._name} closed"
         connection = None
         watchdog = asyncio.ensure_future(self._watch())
         try:
-            connection = await connect(self.address, self._identity)
+            connection, welcome = await connect(self.address, self._identity)
             self._connection.set_result(connection)
+            await self.want_tables(welcome.tables)
             while True:
                 message = await connection.receive()
                 self._heard = time.monotonic()
                 if isinstance(message, protocol.Frame):
                     await self._receive_frame(connection, message)
+                elif isinstance(message, protocol.Tables):
+                    await self._receive_tables(connection, message)
+                elif isinstance(message, protocol.NoTables):
+                    self._wanted.gone(message.digest)
+                    self._without_tables(connection, message.digest, message.cause)
                 elif isinstance(message, protocol.Failure):
                     if sink := self.sinks.get(message.transfer_id):
                         self.fail(sink, f"{self._name}: {message.cause}")
@@ -199,8 +229,37 @@ class _Peer:
                 f"{self._name}: corrupt {protocol.tier_name(frame.tier)} frame at token "
                 f"{frame.first_token} (checksum differs)",
             )
-        elif sink.landed(frame):
+            return
+        try:
+            complete = sink.landed(frame, buffer)
+        except TransferError as error:
+            self._give_up(connection, sink, f"{self._name}: {error}")
+            return
+        if complete and sink.tables in self._wanted:
+            self._complete.add(frame.transfer_id)  # the watch goes on until its tables are here
+        elif complete:
             self.sinks.pop(frame.transfer_id, None)
+
+    async def _receive_tables(self, connection: Connection, header: protocol.Tables) -> None:
+        buffer = self._wanted.buffer(header)
+        await connection.receive_payload(header, buffer)
+        again, cause = await self._wanted.arrived(header, buffer)
+        if again is not None:
+            await connection.send(again)
+        elif cause is not None:
+            self._without_tables(connection, header.digest, cause)
+        else:
+            for transfer_id in [t for t in self._complete if self._needs(t, header.digest)]:
+                self._complete.discard(transfer_id)
+                self.sinks.pop(transfer_id, None)
+
+    def _needs(self, transfer_id: str, digest: str) -> bool:
+        sink = self.sinks.get(transfer_id)
+        return sink is None or sink.tables == digest
+
+    def _without_tables(self, connection: Connection, digest: str, cause: str) -> None:
+        for sink in [sink for sink in self.sinks.values() if sink.tables == digest]:
+            self._give_up(connection, sink, f"{self._name}: tables {digest}: {cause}")
 
     def _give_up(self, connection: Connection, sink: Sink, cause: str) -> None:
         self.fail(sink, cause)
@@ -215,3 +274,7 @@ class _Peer:
             if self.sinks and time.monotonic() - self._heard > self._timeout:
                 for sink in list(self.sinks.values()):
                     self.fail(sink, f"{self._name}: silent for {self._timeout:g} s")
+            for digest in self._wanted.overdue(self._timeout):
+                for sink in [sink for sink in self.sinks.values() if sink.tables == digest]:
+                    cause = f"tables {digest} not sent within {self._timeout:g} s"
+                    self.fail(sink, f"{self._name}: {cause}")

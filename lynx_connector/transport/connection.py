@@ -20,7 +20,7 @@ def checksum(payload: Any) -> int:
 
 
 class Connection:
-    """Ordered control slots, each `Frame` followed by its payload.
+    """Ordered control slots, each `Frame` and `Tables` followed by its payload.
 
     Sends are posted in call order: slot and payload become two adjacent tag messages, and UCX keeps
     messages of one tag between two peers in order.
@@ -64,11 +64,12 @@ class Connection:
         await self._receive_into(self._slot)
         return protocol.decode(self._slot.data)
 
-    async def receive_payload(self, frame: protocol.Frame, buffer: np.ndarray) -> None:
-        """Receive the payload announced by `frame` straight into `buffer` (uint8, exact size)."""
-        if buffer.nbytes != frame.num_bytes:
+    async def receive_payload(self, header: protocol.Payload, buffer: np.ndarray) -> None:
+        """Receive the payload announced by `header` straight into `buffer` (uint8, exact size)."""
+        if buffer.nbytes != header.num_bytes:
             raise ProtocolError(
-                f"frame announces {frame.num_bytes} bytes for a buffer of {buffer.nbytes}"
+                f"{type(header).__name__} announces {header.num_bytes} bytes for a buffer of "
+                f"{buffer.nbytes}"
             )
         await self._receive_into(buffer)
 

@@ -85,8 +85,8 @@ async def greet(connection: Connection, own: Identity) -> protocol.Welcome:
         return welcome
 
 
-async def welcome(connection: Connection, own: Identity) -> protocol.Hello:
-    """The producer's half; a peer that fails it is told why.
+async def welcome(connection: Connection, own: Identity, tables: str = "") -> protocol.Hello:
+    """The producer's half; a peer that fails it is told why. `tables` is announced.
 
     Raises:
         ProtocolError, AuthenticationError, ConnectionError, TimeoutError: as for `greet`.
@@ -100,7 +100,13 @@ async def welcome(connection: Connection, own: Identity) -> protocol.Hello:
             proof = _proof(own.secret, b"producer", hello.nonce, nonce, compat)
             await connection.send(
                 protocol.Welcome(
-                    protocol.PROTOCOL_VERSION, __version__, own.compat, own.peer, nonce, proof
+                    protocol.PROTOCOL_VERSION,
+                    __version__,
+                    own.compat,
+                    own.peer,
+                    nonce,
+                    proof,
+                    tables,
                 )
             )
             answer = _expect(await connection.receive(), protocol.Proof)

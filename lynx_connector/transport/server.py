@@ -6,13 +6,16 @@ import itertools
 import logging
 from collections import deque
 from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
 
 from lynx_connector import protocol
-from lynx_connector.codec import Tier
+from lynx_connector.codec import KltTables
 from lynx_connector.errors import ProtocolError, TransferError
 from lynx_connector.events import EventLog
+from lynx_connector.producer.outbound import TierStream
 from lynx_connector.producer.staging import StagedTransfer, StagingStore
-from lynx_connector.transfer import Piece, TokenRange
 from lynx_connector.transport.connection import Connection, checksum
 from lynx_connector.transport.handshake import Identity, welcome
 from lynx_connector.transport.pacing import RateLimiter
@@ -21,7 +24,18 @@ logger = logging.getLogger("vllm.lynx.server")
 
 FRAMES_IN_FLIGHT = 2
 
-Frames = deque[tuple[Piece, TokenRange]]
+MAX_TABLES_QUEUED = 16
+
+
+class TablesSource(Protocol):
+    """Where the server finds learned tables."""
+
+    @property
+    def current(self) -> str:
+        """Digest to announce to new consumers; empty: none."""
+
+    def find(self, digest: str) -> KltTables | None:
+        """Tables that a consumer asks for."""
 
 
 class TierServer:
@@ -34,8 +48,10 @@ class TierServer:
         events: EventLog,
         frame_bytes: int,
         link_mbit: float,
+        tables: TablesSource | None = None,
     ):
         self._store = store
+        self._tables = tables
         self._identity = identity
         self._events = events
         self._frame_bytes = frame_bytes
@@ -76,7 +92,8 @@ class TierServer:
     async def _serve(self, endpoint: object) -> None:
         connection = Connection(endpoint, "consumer (before handshake)")
         try:
-            hello = await welcome(connection, self._identity)
+            announced = self._tables.current if self._tables else ""
+            hello = await welcome(connection, self._identity, announced)
         except (ProtocolError, ConnectionError, TimeoutError) as error:
             logger.warning("lynx: refused a consumer: %s", error or "handshake timed out")
             await connection.close()
@@ -107,29 +124,14 @@ class TierServer:
         self._listener.close()
 
 
-class _Stream:
-    """What is left to send of one tier of one transfer."""
-
-    def __init__(self, transfer: StagedTransfer, tier: Tier, frames: Frames, order: int):
-        self.transfer = transfer
-        self.tier = tier
-        self.frames = frames
-        self.order = order
-        self.sent_bytes = 0
-
-    @property
-    def ready(self) -> bool:
-        """Whether the next frame's rows are encoded (or will never be)."""
-        return self.transfer.dropped or self.frames[0][1].end <= self.transfer.encoded
-
-
 class _Session:
     """One consumer's connection."""
 
     def __init__(self, server: TierServer, connection: Connection):
         self._server = server
         self._connection = connection
-        self._streams: list[_Stream] = []
+        self._streams: list[TierStream] = []
+        self._tables_wanted: deque[str] = deque()
         self._order = itertools.count()
         self.wake = asyncio.Event()
 
@@ -142,6 +144,8 @@ class _Session:
                     await self._fetch(message)
                 elif isinstance(message, protocol.Release):
                     self._release(message)
+                elif isinstance(message, protocol.TablesRequest):
+                    self._want_tables(message)
                 else:
                     raise ProtocolError(f"unexpected {type(message).__name__}")
         except ConnectionError as error:
@@ -176,12 +180,19 @@ class _Session:
             peer=self._connection.peer,
             first_token=fetch.first_token,
         )
-        order = next(self._order)
+        order, stream = next(self._order), None
         for tier in transfer.buffers.tiers:
-            frames = transfer.buffers.frames(tier, fetch.first_token, self._server._frame_bytes)
-            stream = _Stream(transfer, tier, deque(frames), order)
-            if stream.frames:
+            frame_bytes = self._server._frame_bytes
+            stream = TierStream(transfer, tier, fetch.first_token, frame_bytes, order, stream)
+            if not stream.finished:
                 self._streams.append(stream)
+        self.wake.set()
+
+    def _want_tables(self, request: protocol.TablesRequest) -> None:
+        if request.digest not in self._tables_wanted:
+            self._tables_wanted.append(request.digest)
+        if len(self._tables_wanted) > MAX_TABLES_QUEUED:
+            raise ProtocolError(f"more than {MAX_TABLES_QUEUED} tables requested at once")
         self.wake.set()
 
     def _release(self, release: protocol.Release) -> None:
@@ -206,6 +217,9 @@ class _Session:
     async def _send_frames(self) -> None:
         window = asyncio.Semaphore(FRAMES_IN_FLIGHT)
         while True:
+            if self._tables_wanted:  # ahead of all frames: none can be decoded without
+                await self._send_tables(self._tables_wanted.popleft(), window)
+                continue
             stream = min(
                 (stream for stream in self._streams if stream.ready),
                 key=lambda stream: (stream.tier, stream.order),
@@ -215,38 +229,69 @@ class _Session:
                 self.wake.clear()
                 await self.wake.wait()
                 continue
-            piece, tokens = stream.frames.popleft()
-            if last := not stream.frames:
-                self._streams.remove(stream)
-            await window.acquire()
-            rows = piece.view(stream.tier, tokens).reshape(-1)
-            await self._server._limiter.acquire(rows.nbytes)
-            if stream.transfer.dropped:
-                window.release()
-                await self._abandon(stream.transfer)
-                continue
-            stream.transfer.touch()
-            stream.sent_bytes += rows.nbytes
-            frame = protocol.Frame(
-                stream.transfer.transfer_id,
-                int(stream.tier),
-                piece.codec.name,
-                tokens.start,
-                len(tokens),
-                rows.nbytes,
-                checksum(rows),
-            )
-            send = asyncio.ensure_future(self._connection.send(frame, rows))
-            send.add_done_callback(_sent(window, stream, self._server._events if last else None))
+            await self._send_frame(stream, window)
+
+    async def _send_tables(self, digest: str, window: asyncio.Semaphore) -> None:
+        source = self._server._tables
+        tables = source.find(digest) if source else None
+        if tables is None:
+            cause = "prefill does not have these tables (any more)"
+            logger.warning("lynx: consumer %s: tables %s: %s", self._connection.peer, digest, cause)
+            send = asyncio.ensure_future(self._connection.send(protocol.NoTables(digest, cause)))
+            send.add_done_callback(lambda done: done.cancelled() or done.exception())
+            return
+        await window.acquire()
+        payload = np.frombuffer(bytearray(tables.to_bytes()), np.uint8)
+        await self._server._limiter.acquire(payload.nbytes)
+        header = protocol.Tables(digest, payload.nbytes, checksum(payload))
+        send = asyncio.ensure_future(self._connection.send(header, payload))
+        send.add_done_callback(_freed(window))
+        peer = self._connection.peer
+        self._server._events("tables_sent", None, digest=digest, bytes=payload.nbytes, peer=peer)
+
+    async def _send_frame(self, stream: TierStream, window: asyncio.Semaphore) -> None:
+        if stream.transfer.dropped:
+            await self._abandon(stream.transfer)
+            return
+        out = stream.take()
+        if stream.finished:
+            self._streams.remove(stream)
+        await window.acquire()
+        await self._server._limiter.acquire(out.payload.nbytes)
+        if stream.transfer.dropped:
+            window.release()
+            await self._abandon(stream.transfer)
+            return
+        stream.transfer.touch()
+        frame = protocol.Frame(
+            stream.transfer.transfer_id,
+            int(stream.tier),
+            out.codec,
+            out.tokens.start,
+            len(out.tokens),
+            out.payload.nbytes,
+            checksum(out.payload),
+            out.exceptions,
+        )
+        send = asyncio.ensure_future(self._connection.send(frame, out.payload))
+        send.add_done_callback(_freed(window))
+        if stream.finished:
+            send.add_done_callback(_report(stream, self._server._events))
 
 
-def _sent(
-    window: asyncio.Semaphore, stream: _Stream, events: EventLog | None
-) -> Callable[[asyncio.Future], None]:
+def _freed(window: asyncio.Semaphore) -> Callable[[asyncio.Future], None]:
     def done(future: asyncio.Future) -> None:
         window.release()
         # A lost connection is reported by the reader; here it only must not go unretrieved.
-        if not future.cancelled() and future.exception() is None and events is not None:
+        if not future.cancelled():
+            future.exception()
+
+    return done
+
+
+def _report(stream: TierStream, events: EventLog) -> Callable[[asyncio.Future], None]:
+    def done(future: asyncio.Future) -> None:
+        if not future.cancelled() and future.exception() is None:
             events(
                 "tier_sent",
                 stream.transfer.request_id,

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """One running prefill/decode pair with a router for the whole session, and what tests ask of it.
 
-The sender is limited to LINK_MBIT, so that every transfer leaves time to draft. The decode instance
-recomputes what it cannot load; a second one, started where a test needs it, fails such requests.
+The prefill has learned its tables before the first test, so that two answers to one prompt come
+from the same codec; `test_tables.py` looks at the learning itself. The sender is limited to
+LINK_MBIT, so that every transfer leaves time to draft. The decode instance recomputes what it
+cannot load; a second one, started where a test needs it, fails such requests.
 """
 
 import pytest
@@ -15,6 +17,7 @@ from .pair import DecodeOnly, Pair, transfer_flag
 
 LINK_MBIT = 40
 PREFILL_CHUNK = 512
+LEARN_TOKENS = 4096
 
 
 def pytest_collection_modifyitems(items):
@@ -31,14 +34,19 @@ def model():
 @pytest.fixture(scope="session")
 def pair(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pair")
-    lynx = {"events_file": str(folder / "events-decode.jsonl"), "transfer_timeout_seconds": 20}
+    lynx = {
+        "events_file": str(folder / "events-decode.jsonl"),
+        "transfer_timeout_seconds": 20,
+        "tables_dir": str(folder / "tables-decode"),
+    }
     cluster = Cluster(
         model,
         folder,
         link=loopback(LINK_MBIT),
         dtype="float32",
         prefill=Side(
-            vllm_args=["--max-num-batched-tokens", str(PREFILL_CHUNK), "--served-model-name", "m"]
+            lynx={"tables_dir": str(folder / "tables-prefill"), "learn_tokens": LEARN_TOKENS},
+            vllm_args=["--max-num-batched-tokens", str(PREFILL_CHUNK), "--served-model-name", "m"],
         ),
         decode=Side(
             vllm_args=[
@@ -52,7 +60,9 @@ def pair(model, tmp_path_factory):
     )
     with cluster:
         cluster.start()
-        yield Pair(cluster)
+        pair = Pair(cluster)
+        pair.learn()
+        yield pair
 
 
 @pytest.fixture(scope="session")

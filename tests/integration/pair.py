@@ -110,6 +110,25 @@ class Pair(DecodeServer):
             body.pop(key, None)
         return post(self.prefill_url, "/v1/completions", body)["kv_transfer_params"]
 
+    def learn(self) -> None:
+        """Prefill prompts until the prefill server has learned all it wants to."""
+        for seed in range(1000, 1040):
+            if "learning is done" in self.cluster.prefill.log.read_text():
+                break
+            self.lynx(prompt(seed, items=60), max_tokens=1)
+        for seed in range(1040, 1044):  # its scheduler half hears of it with the next steps
+            codec = self.prefill_and_drop(prompt(seed))["lynx"]["codec"]
+            if codec == "klt":
+                self.forget()
+                return
+        raise AssertionError("no tables were learned")
+
+    def prefill_and_drop(self, text: str) -> dict[str, Any]:
+        """kv_transfer_params of a prefill that is fetched at once and not looked at."""
+        params = self.prefill(text)
+        self.completion(text, kv_transfer_params=params, max_tokens=1)
+        return params
+
     def lynx(self, text: str | list[int], **body: Any) -> dict[str, Any]:
         """Prefill there, decode here, starting on the anchor."""
         params = self.prefill(text, **{k: v for k, v in body.items() if k != "max_tokens"})
@@ -223,7 +242,11 @@ class DecodeOnly(DecodeServer):
 
     def __init__(self, model: Path, folder: Path):
         self.events_path = folder / "events-decode.jsonl"
-        lynx = {"events_file": str(self.events_path), "transfer_timeout_seconds": 5}
+        lynx = {
+            "events_file": str(self.events_path),
+            "transfer_timeout_seconds": 5,
+            "tables_dir": str(folder / "tables"),
+        }
         flag = transfer_flag("kv_consumer", "fail", lynx)
         side = Side(vllm_args=[*flag, "--served-model-name", "m"])
         cluster = Cluster(model, folder, dtype="float32", router=False, decode=side)

@@ -58,12 +58,15 @@ class RogueProducer:
 def handoff(transfer_id: str, num_tokens: int, port: int, **lynx: object) -> dict:
     """kv_transfer_params of a decode leg."""
     ours = {
-        "version": 1,
+        "version": 2,
         "num_tokens": num_tokens,
         "codec": "hadamard",
         "exact_first": 1,
         "exact_last": 16,
         "ports": [port],
+        "anchor_bits": 4,
+        "final_tier": "residual",
+        "tables": [],
     }
     return {
         "do_remote_prefill": True,

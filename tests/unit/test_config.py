@@ -10,7 +10,7 @@ from lynx_connector.errors import ConfigError
 
 def test_defaults_are_valid():
     config = LynxConfig.from_extra_config({})
-    assert (config.codec, config.start, config.draft_limit) == ("hadamard", StartMode.AUTO, 64)
+    assert (config.codec, config.start, config.draft_limit) == ("klt", StartMode.AUTO, 64)
     assert config.secret() is None
 
 
@@ -36,6 +36,11 @@ def test_sizes_take_units(size):
         ({"frame_bytes": "1B"}, ["frame_bytes = '1B'", "64KiB"]),
         ({"staging_bytes": 5}, ["staging_bytes = 5", "1MiB"]),
         ({"lease_seconds": -1}, ["lease_seconds = -1", "greater than 0"]),
+        ({"anchor_bits": 6}, ["anchor_bits = 6", "less than or equal to 5"]),
+        ({"anchor_bits": 3, "codec": "hadamard"}, ["anchor_bits = 3", "'klt' only"]),
+        ({"final_tier": "anchor"}, ["final_tier = 'anchor'", "'exact'"]),
+        ({"final_tier": "exact", "codec": "int8"}, ["final_tier = 'exact'", "'int8'", "klt"]),
+        ({"learn_tokens": 100}, ["learn_tokens = 100", "512"]),
         ({"secret_file": "/nonexistent/secret"}, ["secret_file", "No such file"]),
     ],
 )
@@ -60,3 +65,17 @@ def test_short_secret_is_refused(tmp_path):
         LynxConfig.from_extra_config({"secret_file": str(secret)})
     secret.write_text("x" * 32 + "\n")
     assert LynxConfig.from_extra_config({"secret_file": str(secret)}).secret() == b"x" * 32
+
+
+@pytest.mark.parametrize("extra", [{"codec": "bf16", "final_tier": "exact"}, {"learn_tokens": 0}])
+def test_keys_that_go_together(extra):
+    LynxConfig.from_extra_config(extra)
+
+
+def test_tables_lie_in_the_cache_folder_of_the_user(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert LynxConfig().tables_root() == tmp_path / "lynx-connector" / "tables"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert LynxConfig().tables_root() == tmp_path / ".cache" / "lynx-connector" / "tables"
+    assert LynxConfig(tables_dir="~/t").tables_root() == tmp_path / "t"

@@ -14,14 +14,18 @@ from lynx_connector.errors import ProtocolError
 
 MESSAGES = [
     protocol.Hello(1, "0.1.0", "c" * 32, "engine/0", b"n" * 32),
-    protocol.Welcome(1, "0.1.0", "c" * 32, "engine/0", b"n" * 32, b"p" * 32),
+    protocol.Welcome(1, "0.1.0", "c" * 32, "engine/0", b"n" * 32, b"p" * 32, "d" * 32),
     protocol.Proof(b""),
     protocol.Ready(),
     protocol.Refused("why"),
     protocol.Fetch("id", 0, 4096),
     protocol.Release("id", "done"),
     protocol.Failure("id", "unknown transfer"),
+    protocol.TablesRequest("0" * 32),
+    protocol.Tables("0" * 32, 1 << 20, 2**64 - 1),
+    protocol.NoTables("0" * 32, "unknown"),
     protocol.Frame("id", 1, "hadamard", 1, 128, 4096, 2**64 - 1),
+    protocol.Frame("id", 0, "klt", 1, 128, 4096, 2**64 - 1, 7),
 ]
 
 
@@ -61,6 +65,8 @@ def test_noise_behind_a_valid_prefix_never_escapes_as_another_error(noise, lengt
         {"transfer_id": ""},
         {"extra": 1},
         {"codec": "x" * 200},
+        {"exceptions": -1},
+        {"exceptions": 1 << 40},
     ],
 )
 def test_out_of_range_frames_are_refused(fields):
@@ -80,6 +86,16 @@ def test_out_of_range_frames_are_refused(fields):
         protocol.decode(slot)
 
 
+@pytest.mark.parametrize(
+    "digest", ["", "0" * 31, "0" * 33, "../" + "0" * 29, "A" * 32, "0" * 32 + "\n"]
+)
+def test_digests_are_32_hex_digits_and_nothing_else(digest):
+    body = msgspec.msgpack.encode({"type": "TablesRequest", "digest": digest})
+    slot = (struct.pack("<4sI", b"LYNX", len(body)) + body).ljust(protocol.SLOT_BYTES, b"\0")
+    with pytest.raises(ProtocolError, match="malformed"):
+        protocol.decode(slot)
+
+
 def test_oversized_message_is_not_sent():
     with pytest.raises(ProtocolError, match="exceeds a slot"):
         protocol.encode(protocol.Refused("x" * 2000))
@@ -87,12 +103,15 @@ def test_oversized_message_is_not_sent():
 
 def handoff(**changes):
     lynx = {
-        "version": 1,
+        "version": 2,
         "num_tokens": 10,
         "codec": "hadamard",
         "exact_first": 1,
         "exact_last": 16,
         "ports": [1234],
+        "anchor_bits": 4,
+        "final_tier": "residual",
+        "tables": [],
     }
     lynx |= changes.pop("lynx", {})
     return {
@@ -123,9 +142,26 @@ def test_handoff_survives_a_router_that_overwrites_the_host():
         (handoff(lynx={"ports": []}), "ports"),
         (handoff(lynx={"num_tokens": "ten"}), "num_tokens"),
         (handoff(lynx={"version": 99}), "protocol 99"),
+        (handoff(lynx={"anchor_bits": 2}), "anchor_bits"),
+        (handoff(lynx={"anchor_bits": "4"}), "anchor_bits"),
+        (handoff(lynx={"final_tier": "anchor"}), "final_tier"),
+        (handoff(lynx={"tables": ["../../etc/passwd"]}), "tables"),
+        (handoff(lynx={"tables": "0" * 32}), "tables"),
+        (handoff(lynx={"codec": "klt"}), "needs 1 tables, the handoff names 0"),
+        (handoff(lynx={"codec": "klt", "tables": ["0" * 32] * 2}), "names 2"),
+        (handoff(lynx={"tables": ["0" * 32]}), "needs 0 tables, the handoff names 1"),
+        ({"do_remote_prefill": True, "lynx": {"version": 1, "ports": [1]}}, "protocol 1,"),
         (handoff() | {"lynx": "yes"}, "lynx"),
     ],
 )
 def test_malformed_handoffs_name_the_field(params, cause):
     with pytest.raises(ProtocolError, match=cause):
         protocol.parse_handoff(params)
+
+
+def test_handoff_names_tables_per_rank():
+    tables = ["0" * 32, "1" * 32]
+    lynx = {"codec": "klt", "tables": tables, "ports": [1, 2], "anchor_bits": 3}
+    parsed = protocol.parse_handoff(handoff(lynx=lynx | {"final_tier": "exact"}))
+    assert parsed.lynx.tables == tables
+    assert (parsed.lynx.anchor_bits, parsed.lynx.final_tier) == (3, "exact")

@@ -49,9 +49,9 @@ def test_halves_and_states_run_without_torch():
 # ---- producer ---------------------------------------------------------------------------------
 
 
-def producer():
-    half = ProducerScheduler(LynxConfig(), "engine", "10.0.0.1", 1, BLOCK, NO_EVENTS)
-    half.set_ports([7600])
+def producer(tp=1, tables=None, **config):
+    half = ProducerScheduler(LynxConfig(**config), "engine", "10.0.0.1", tp, BLOCK, NO_EVENTS)
+    half.set_workers([7600 + rank for rank in range(tp)], tables or [""] * tp)
     return half
 
 
@@ -108,6 +108,69 @@ def test_reply_is_what_a_decode_instance_can_read():
     assert half.num_prefills == 0
 
 
+OLD, NEW, OTHER = "0" * 32, "1" * 32, "2" * 32
+
+
+def run(half, name, params=None):
+    """A whole prefill of one chunk: (plan of its chunk, parsed handoff)."""
+    one = request(name, params=params or PREFILL)
+    half.add(one)
+    (chunk,) = filled(half, step(new=[(name, range(7), 0, 100)])).encode
+    return chunk.plan, parse_handoff(half.finish(one)[1]).lynx
+
+
+def test_without_tables_the_fallback_codec_is_used_and_named():
+    plan, lynx = run(producer(anchor_bits=3), "r")
+    assert (plan.codec, plan.anchor_bits, plan.tables) == ("hadamard", 4, ())
+    assert (lynx.codec, lynx.anchor_bits, lynx.tables) == ("hadamard", 4, [])
+
+
+def test_warm_workers_use_their_tables_from_the_first_request():
+    plan, lynx = run(producer(tables=[OLD], anchor_bits=5, final_tier="exact"), "r")
+    assert (plan.codec, plan.anchor_bits, plan.tables) == ("klt", 5, (OLD,))
+    assert (lynx.codec, lynx.anchor_bits, lynx.tables) == ("klt", 5, [OLD])
+    assert plan.final_tier == lynx.final_tier == "exact"
+
+
+def test_codecs_without_tables_ignore_learned_ones():
+    plan, _ = run(producer(tables=[OLD], codec="int8"), "r")
+    assert (plan.codec, plan.tables) == ("int8", ())
+
+
+def test_switch_happens_between_requests_only():
+    """Chunk 1 with old tables: so are chunk 2, the handoff and what follows a preemption."""
+    half, one = producer(tables=[OLD]), request(params=PREFILL)
+    half.add(one)
+    (first,) = filled(half, step(new=[("r", range(4), 0, 50)])).encode
+    half.update(LynxWorkerMetadata(tables={0: NEW}))
+    (second,) = filled(half, step(cached=[("r", range(4, 6), 50, 30)])).encode
+    assert first.plan == second.plan
+    filled(half, step(preempted=["r"]))
+    (again,) = filled(half, step(cached=[("r", range(20, 27), 0, 100)], resumed=["r"])).encode
+    assert again.plan == first.plan
+    assert parse_handoff(half.finish(one)[1]).lynx.tables == [OLD]
+    assert run(half, "next")[1].tables == [NEW]
+
+
+def test_all_ranks_need_tables_before_any_request_uses_them():
+    half = producer(tp=2)
+    half.update(LynxWorkerMetadata(tables={1: NEW}))
+    assert run(half, "a")[0].codec == "hadamard"
+    half.update(LynxWorkerMetadata(tables={0: OLD}))
+    assert run(half, "b")[1].tables == [OLD, NEW]
+    half.update(LynxWorkerMetadata(tables={0: OTHER}))
+    assert run(half, "c")[1].tables == [OTHER, NEW]
+
+
+def test_tokens_of_the_prefix_cache_are_marked_as_seen():
+    half = producer()
+    half.add(request(params=PREFILL))
+    (first,) = filled(half, step(new=[("r", range(10, 14), 32, 24)])).encode
+    assert (first.start, first.fresh) == (0, 32)
+    (second,) = filled(half, step(cached=[("r", range(14, 17), 56, 44)])).encode
+    assert second.fresh == 56
+
+
 def test_aborted_prefill_is_dropped_and_its_blocks_wait_for_the_encoder():
     half = producer()
     aborted = request(params=PREFILL)
@@ -149,12 +212,15 @@ def test_ordinary_requests_are_left_alone():
 
 def handoff(**lynx):
     ours = {
-        "version": 1,
+        "version": 2,
         "num_tokens": 100,
         "codec": "hadamard",
         "exact_first": 1,
         "exact_last": 16,
         "ports": [7600],
+        "anchor_bits": 4,
+        "final_tier": "residual",
+        "tables": [],
     }
     return {
         "do_remote_prefill": True,
@@ -179,6 +245,16 @@ def admit(half, one, local=0):
     metadata = LynxMetadata()
     half.fill(metadata)
     return count, asynchronous, metadata
+
+
+def test_load_carries_what_the_handoff_says_of_codec_and_tables():
+    half = consumer(tp=2)
+    lynx = {"codec": "klt", "tables": [OLD, NEW], "ports": [1, 2], "anchor_bits": 3}
+    one = request(params=handoff(**lynx, final_tier="exact"))
+    half.add(one)
+    (load,) = admit(half, one)[2].loads
+    assert (load.codec, load.anchor_bits, load.final_tier) == ("klt", 3, "exact")
+    assert load.tables == [OLD, NEW]
 
 
 def test_load_starts_behind_the_local_prefix():
@@ -223,6 +299,8 @@ def test_seeded_requests_draft_where_seeds_survive():
         (handoff(num_tokens=99), "same tokenizer"),
         (handoff(ports=[1, 2]), "tensor_parallel_size"),
         ({"do_remote_prefill": True}, "no key 'lynx'"),
+        (handoff(codec="klt"), "needs 1 tables"),
+        (handoff(final_tier="best"), "final_tier"),
     ],
 )
 def test_unusable_handoff_follows_the_policy(recompute, params, cause):
@@ -232,7 +310,7 @@ def test_unusable_handoff_follows_the_policy(recompute, params, cause):
     if recompute:
         assert (count, asynchronous, metadata.loads) == (0, False, [])
         # What the producer staged is given back where its address is known.
-        assert len(metadata.releases) == (1 if "lynx" in params else 0)
+        assert len(metadata.releases) == (1 if half._decodes["r"].handoff else 0)
     else:
         assert (count, asynchronous) == (100, True)
         assert cause in metadata.loads[0].failure
@@ -296,7 +374,9 @@ def test_abort_cancels_what_is_under_way_and_only_that():
 
 
 def test_reports_of_ranks_add_up():
-    one = LynxWorkerMetadata(refined={"a": 1}, failed={"b": "x"})
-    both = one.aggregate(LynxWorkerMetadata(refined={"a": 1, "c": 1}))
+    one = LynxWorkerMetadata(refined={"a": 1}, failed={"b": "x"}, tables={0: "t"})
+    both = one.aggregate(LynxWorkerMetadata(refined={"a": 1, "c": 1}, tables={1: "u"}))
+    assert both.tables == {0: "t", 1: "u"}
+    assert not LynxWorkerMetadata()
     assert both.refined == {"a": 2, "c": 1}
     assert both.failed == {"b": "x"}

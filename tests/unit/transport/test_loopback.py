@@ -9,6 +9,7 @@ import torch
 from lynx_kernels.paged import PagedKVCache, PageIndex
 
 from lynx_connector.codec import KVGeometry, Tier, get_codec
+from lynx_connector.consumer.budget import Reservation, StagingBudget
 from lynx_connector.consumer.inbound import InboundTransfer
 from lynx_connector.events import EventLog
 from lynx_connector.metadata import LoadRequest
@@ -21,6 +22,18 @@ from lynx_connector.transport.server import TierServer
 GEOMETRY = KVGeometry(2, 2, 64, "float32")
 TOKENS = 100
 NO_EVENTS = EventLog(None, "test")
+
+
+class NoTablesNeeded:
+    max_bytes = 0
+
+    def known(self, digest):
+        return True
+
+
+def inbound_of(load, buffers, slots):
+    budget = StagingBudget(1 << 30)
+    return InboundTransfer(load, buffers, slots, GEOMETRY, Reservation.take(budget, 0))
 
 
 @pytest.fixture
@@ -37,7 +50,7 @@ class Pair:
         self.store = StagingStore(limit, lease, NO_EVENTS)
         self.server = TierServer(self.store, identity, NO_EVENTS, 4096, link_mbit)
         loop.run(self.server.start(0))
-        self.client = TierClient(consumer or identity, 3.0)
+        self.client = TierClient(consumer or identity, 3.0, NoTablesNeeded())
         self.codec, self.exact = get_codec("hadamard", GEOMETRY), get_codec("bf16", GEOMETRY)
 
     def pieces(self, first=0):
@@ -57,7 +70,7 @@ class Pair:
         buffers = TierBuffers(self.pieces(first))
         buffers.allocate()
         load = LoadRequest("r", name, "127.0.0.1", [], "hadamard", 1, 16, TOKENS, first, [], True)
-        inbound = InboundTransfer(load, buffers, np.arange(TOKENS - first))
+        inbound = inbound_of(load, buffers, np.arange(TOKENS - first))
         address = ("127.0.0.1", port or self.server.port)
         self.loop.post(self.client.fetch, address, inbound, first, TOKENS)
         return inbound
@@ -244,7 +257,14 @@ def test_corrupt_frame_is_caught(pair, monkeypatch):
 
 @pytest.mark.parametrize(
     "change",
-    [{"first_token": 3}, {"codec": "int8"}, {"num_bytes": 10}, {"num_tokens": 50}, {"tier": 2}],
+    [
+        {"first_token": 3},
+        {"codec": "int8"},
+        {"num_bytes": 10},
+        {"num_tokens": 50},
+        {"tier": 2},
+        {"exceptions": 1},
+    ],
 )
 def test_frames_that_do_not_fit_are_refused(pair, change):
     from lynx_connector import protocol
@@ -253,7 +273,7 @@ def test_frames_that_do_not_fit_are_refused(pair, change):
     buffers = TierBuffers(pair.pieces())
     buffers.allocate()
     load = LoadRequest("r", "t", "h", [], "hadamard", 1, 16, TOKENS, 0, [], True)
-    inbound = InboundTransfer(load, buffers, np.arange(TOKENS))
+    inbound = inbound_of(load, buffers, np.arange(TOKENS))
     good = {
         "transfer_id": "t",
         "tier": 0,

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Learned tables on disk: what a producer learned, and what a consumer fetched.
+
+    <root>/<compatibility hash>/rank<r>-of-<n>/<digest>.tables     one version each
+                                               current.json        which one a producer uses
+
+Files are written beside and renamed, so that two processes may share a folder. A file that cannot
+be used is ignored with one warning; a folder that cannot be written costs only the warmth of the
+next start.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from lynx_connector.codec.base import CodecError, KVGeometry
+from lynx_connector.codec.klt_tables import KltTables
+from lynx_connector.protocol import Digest
+
+logger = logging.getLogger("vllm.lynx.tables")
+
+MAX_FILES = 16
+"""Versions kept per folder; the oldest beyond it are deleted."""
+
+CURRENT = "current.json"
+_DIGEST = re.compile(r"[0-9a-f]{32}")
+
+
+class Current(msgspec.Struct):
+    """Content of `current.json`: a digest, and the tokens that its tables were learned from."""
+
+    digest: Digest
+    tokens: Annotated[int, Meta(ge=0)]
+
+
+def tables_folder(root: Path, compat: str, rank: int, size: int) -> Path:
+    """Where the tables of one shard of one model lie."""
+    return root / compat / f"rank{rank}-of-{size}"
+
+
+def store_tables(
+    root: Path, compat: str, rank: int, size: int, tables: KltTables, *, tokens: int
+) -> Path:
+    """Write tables and make them the ones that the next start of a producer begins with.
+
+    tokens: how many they were learned from; a producer with a larger `learn_tokens` learns anew.
+    Returns the file's path.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    folder = tables_folder(root, compat, rank, size)
+    path = _write_tables(folder, tables)
+    _write(folder / CURRENT, msgspec.json.encode(Current(tables.digest, tokens)))
+    return path
+
+
+class TableStore:
+    """One shard's folder. Safe to share between threads and processes."""
+
+    def __init__(self, root: Path, compat: str, rank: int, size: int, geometry: KVGeometry):
+        self.folder = tables_folder(root, compat, rank, size)
+        self._where = (root, compat, rank, size)
+        self._geometry = geometry
+        self._warned: set[Path] = set()
+
+    def load(self, digest: str) -> KltTables | None:
+        """The tables of a digest, or None where they are not here or not usable."""
+        if not _DIGEST.fullmatch(digest):
+            return None
+        path = self.folder / f"{digest}.tables"
+        data = self._read(path)
+        if data is None:
+            return None
+        try:
+            tables = KltTables.from_bytes(data, self._geometry)
+            if tables.digest != digest:
+                raise CodecError(f"content has digest {tables.digest}")
+        except CodecError as error:
+            self._warn(path, f"ignored: {error}")
+            return None
+        return tables
+
+    def load_current(self) -> tuple[KltTables, int] | None:
+        """(tables, tokens they were learned from) that a producer begins with, if any."""
+        path = self.folder / CURRENT
+        data = self._read(path)
+        if data is None:
+            return None
+        try:
+            current = msgspec.json.decode(data, type=Current)
+        except msgspec.DecodeError as error:
+            self._warn(path, f"ignored: {error}")
+            return None
+        tables = self.load(current.digest)
+        return None if tables is None else (tables, current.tokens)
+
+    def save(self, tables: KltTables) -> None:
+        """Keep tables for the next start; a failure is a warning."""
+        try:
+            _write_tables(self.folder, tables)
+        except OSError as error:
+            self._warn(self.folder, f"cannot be written: {error.strerror or error}")
+
+    def save_current(self, tables: KltTables, tokens: int) -> None:
+        """As `store_tables`; a failure is a warning."""
+        try:
+            store_tables(*self._where, tables, tokens=tokens)
+        except OSError as error:
+            self._warn(self.folder, f"cannot be written: {error.strerror or error}")
+
+    def _read(self, path: Path) -> bytes | None:
+        try:
+            return path.read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            self._warn(path, f"cannot be read: {error.strerror or error}")
+            return None
+
+    def _warn(self, path: Path, what: str) -> None:
+        if path not in self._warned:
+            self._warned.add(path)
+            logger.warning("lynx: learned tables: %s %s", path, what)
+
+
+def _write_tables(folder: Path, tables: KltTables) -> Path:
+    path = folder / f"{tables.digest}.tables"
+    _write(path, tables.to_bytes())
+    _prune(folder, keep=path)
+    return path
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Readers see the old file or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=".", suffix=".part", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _prune(folder: Path, keep: Path) -> None:
+    """Delete the oldest versions beyond MAX_FILES, but not `keep` or the current one."""
+    try:
+        current = msgspec.json.decode((folder / CURRENT).read_bytes(), type=Current).digest
+    except (OSError, msgspec.DecodeError):
+        current = ""
+    ages: list[tuple[float, Path]] = []
+    for path in folder.glob("*.tables"):
+        try:
+            ages.append((path.stat().st_mtime, path))
+        except FileNotFoundError:  # another process was quicker
+            continue
+    for _, path in sorted(ages, reverse=True)[MAX_FILES:]:
+        if path != keep and path.stem != current:
+            path.unlink(missing_ok=True)

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One tier of a staged transfer, cut into frames as it is sent."""
+
+from collections import deque
+from typing import NamedTuple
+
+import numpy as np
+
+from lynx_connector.codec import Tier
+from lynx_connector.producer.staging import StagedTransfer
+from lynx_connector.transfer import ExactRun, Piece, TokenRange
+
+
+class OutboundFrame(NamedTuple):
+    """What a `Frame` announces: payload is uint8, `exceptions` counts the records at its end."""
+
+    codec: str
+    tokens: TokenRange
+    payload: np.ndarray
+    exceptions: int
+
+
+class TierStream:
+    """What is left to send of one tier of one transfer, from `first_token` on.
+
+    Frames are at most `frame_bytes` of rows (at least one token); exceptions come on top. Streams
+    of lower `order` go first within a tier. No token leaves before `coarser`, the stream of the
+    tier below on the same connection, has sent it: that tier is needed to decode this one.
+    """
+
+    def __init__(
+        self,
+        transfer: StagedTransfer,
+        tier: Tier,
+        first_token: int,
+        frame_bytes: int,
+        order: int,
+        coarser: "TierStream | None" = None,
+    ):
+        self.transfer = transfer
+        self.tier = tier
+        self.order = order
+        self.sent_bytes = 0
+        self._frame_bytes = frame_bytes
+        self._coarser = coarser
+        self._left: deque[Piece] = deque(
+            piece
+            for piece in transfer.buffers.pieces
+            if tier in piece.tiers and piece.tokens.end > first_token
+        )
+        self._next = max(first_token, self._left[0].tokens.start) if self._left else 0
+
+    @property
+    def finished(self) -> bool:
+        """Nothing is left."""
+        return not self._left
+
+    @property
+    def ready(self) -> bool:
+        """Whether the next frame is encoded (or never will be)."""
+        if self.transfer.dropped:
+            return True
+        if self.tier is Tier.EXACT:
+            return self._next < self._available
+        return self._row_end() <= self._available
+
+    @property
+    def _available(self) -> int:
+        """Tokens before this one may be sent."""
+        encoded = self.transfer.encoded
+        if self._coarser is None or self._coarser.finished:
+            return encoded
+        return min(encoded, self._coarser._next)
+
+    def take(self) -> OutboundFrame:
+        """The next frame; only when `ready` and the transfer is not dropped."""
+        piece = self._left[0]
+        frame = self._exact_frame(piece) if self.tier is Tier.EXACT else self._row_frame(piece)
+        self._next = frame.tokens.end
+        if self._next == piece.tokens.end:
+            self._left.popleft()
+            if self._left:
+                self._next = self._left[0].tokens.start
+        self.sent_bytes += frame.payload.nbytes
+        return frame
+
+    def _row_end(self) -> int:
+        piece = self._left[0]
+        step = max(1, self._frame_bytes // piece.codec.bytes_per_token(self.tier))
+        return min(self._next + step, piece.tokens.end)
+
+    def _row_frame(self, piece: Piece) -> OutboundFrame:
+        tokens = TokenRange(self._next, self._row_end())
+        payload = piece.view(self.tier, tokens).reshape(-1)
+        raw = piece.raw_vectors(tokens) if self.tier is Tier.ANCHOR else None
+        if raw is None:
+            return OutboundFrame(piece.codec.name, tokens, payload, 0)
+        payload = np.concatenate([payload, raw.pack(tokens.start)])
+        return OutboundFrame(piece.codec.name, tokens, payload, len(raw))
+
+    def _exact_frame(self, piece: Piece) -> OutboundFrame:
+        run = self._run_of(piece)
+        skip = self._next - run.tokens.start
+        ends = np.cumsum(run.lengths, dtype=np.int64)
+        begin = int(ends[skip - 1]) if skip else 0
+        # Each token costs its data and the four bytes of its length.
+        sizes = ends[skip:] - begin + run.lengths.itemsize * np.arange(1, len(ends) - skip + 1)
+        count = max(1, int(np.searchsorted(sizes, self._frame_bytes, "right")))
+        count = min(count, self._available - self._next)
+        lengths = run.lengths[skip : skip + count].astype("<u4")
+        data = run.data[begin : int(ends[skip + count - 1])]
+        tokens = TokenRange(self._next, self._next + count)
+        payload = np.concatenate([lengths.view(np.uint8), data])
+        return OutboundFrame(piece.codec.name, tokens, payload, 0)
+
+    def _run_of(self, piece: Piece) -> ExactRun:
+        return next(run for run in piece.exact_runs if run.tokens.end > self._next)
