@@ -84,18 +84,23 @@ def save_png(report: dict[str, Any], file: Path) -> None:
 def _scatter(panel: Any, rows: Sequence[dict[str, Any]], key: str, label: str) -> None:
     klt = sorted((r for r in rows if r["codec"].startswith("klt")), key=lambda r: r["anchor_bits"])
     panel.plot([r["anchor_bits"] for r in klt], [r[key] for r in klt], color="#c53030", alpha=0.5)
-    for row in rows:
-        own = row["codec"].startswith("klt")
-        colour = "#c53030" if own else "#2b6cb0"
+    # Neighbours' names go to different sides, since their points lie close together.
+    for number, row in enumerate(sorted(rows, key=lambda r: r["anchor_bits"])):
+        colour = "#c53030" if row["codec"].startswith("klt") else "#2b6cb0"
+        right = number % 2 == 0
         panel.plot(row["anchor_bits"], row[key], marker="o", color=colour)
         panel.annotate(
             row["codec"],
             (row["anchor_bits"], row[key]),
-            xytext=(5, 4),
+            xytext=(7, 1) if right else (-7, -6),
             textcoords="offset points",
+            ha="left" if right else "right",
             fontsize=8,
         )
+    panel.set_xscale("log", base=2)
+    panel.set_xticks(ticks := range(3, 10), [str(tick) for tick in ticks])
+    panel.minorticks_off()
     panel.set_xlabel("anchor, bits an element with scales and exact tokens")
     panel.set_ylabel(label)
-    panel.margins(x=0.15)
+    panel.margins(x=0.2)
     panel.grid(alpha=0.3)

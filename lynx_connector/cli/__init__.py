@@ -24,6 +24,8 @@ bench_app = typer.Typer(
 )
 app.add_typer(bench_app, name="bench")
 
+# An option takes one value; what follows it (`--text a.md b.md`, a shell's *.md) lands here.
+_MoreTexts = Annotated[list[Path] | None, typer.Argument(hidden=True)]
 _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
@@ -83,7 +85,8 @@ def doctor(
 @app.command()
 def calibrate(
     model: Annotated[str, typer.Argument(help="Model folder or hub name, as vLLM is given it.")],
-    text: Annotated[list[Path], typer.Option(help="Text file to learn from; repeat it for more.")],
+    text: Annotated[list[Path], typer.Option(help="Text files to learn from.", metavar="FILE...")],
+    more_texts: _MoreTexts = None,
     tables_dir: Annotated[
         Path | None, typer.Option(help="Where a producer looks; default: its own default.")
     ] = None,
@@ -106,13 +109,13 @@ def calibrate(
     from lynx_connector.cli.run_calibrate import Target, run
 
     target = Target(model, tables_dir, dtype, tensor_parallel_size, revision, model_id)
-    run(target, text, tokens)
+    run(target, [*text, *(more_texts or [])], tokens)
 
 
 @bench_app.command("codec")
 def bench_codec(
     model: Annotated[Path, typer.Option(help="Model folder.")],
-    text: Annotated[list[Path], typer.Option(help="Text file; repeat it for more.")],
+    text: Annotated[list[Path], typer.Option(help="Text files.", metavar="FILE...")],
     json_path: Annotated[Path, typer.Option("--json", help="Where the report is written.")],
     png: Annotated[Path | None, typer.Option(help="Picture: quality against bits.")] = None,
     starts: Annotated[int, typer.Option(help="Prompts made of each text.")] = 5,
@@ -121,11 +124,13 @@ def bench_codec(
     ] = None,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens taken of each text.")] = 2000,
     dtype: Annotated[str, typer.Option(help="Of the KV cache.")] = "bfloat16",
+    more_texts: _MoreTexts = None,
 ) -> None:
     """Every codec on real KV tensors: bits, errors, and what becomes of the drafts."""
     from lynx_connector.cli.run_bench_codec import run
 
-    run(model, text, json_path, png, starts, codec or [], prompt_tokens, dtype)
+    texts = [*text, *(more_texts or [])]
+    run(model, texts, json_path, png, starts, codec or [], prompt_tokens, dtype)
 
 
 @bench_app.command("kernels")

@@ -38,7 +38,7 @@ def report(tmp_path_factory, model_folder, make_text) -> dict[str, Any]:
     """All rows on two texts with two starts each."""
     out = tmp_path_factory.mktemp("out")
     arguments = ["bench", "codec", "--model", str(model_folder), "--json", str(out / "out.json")]
-    arguments += ["--text", str(make_text("one.txt")), "--text", str(make_text("two.txt"))]
+    arguments += ["--text", str(make_text("one.txt")), str(make_text("two.txt"))]
     arguments += ["--prompt-tokens", "300", "--starts", "2", "--png", str(out / "out.png")]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output

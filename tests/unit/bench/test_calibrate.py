@@ -22,7 +22,7 @@ from lynx_connector.identity import compatibility_hash
 def calibrate(model_folder, tmp_path) -> Callable[..., Result]:
     def run(*texts: Path, options: tuple[str, ...] = (), model: Path = model_folder) -> Result:
         arguments = ["calibrate", str(model), "--tables-dir", str(tmp_path / "tables")]
-        arguments += [part for text in texts for part in ("--text", str(text))]
+        arguments += ["--text", *map(str, texts)]
         return CliRunner().invoke(app, [*arguments, *options])
 
     return run
