@@ -61,7 +61,7 @@ class LynxConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
     codec: str = Field(
-        "klt",
+        "hadamard",
         description="Producer: how KV is sent. `klt` (two tiers, with tables learned from the "
         "prompts; `hadamard` until there are any), `hadamard` (two tiers, no tables), `bf16` "
         "(the cache's own dtype, uncompressed), `int8`, `int4` (one tier).",

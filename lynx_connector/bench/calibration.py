@@ -10,10 +10,11 @@ from pathlib import Path
 
 from lynx_connector.bench.errors import BenchError
 from lynx_connector.bench.hf_model import HFModel, load_config
-from lynx_connector.bench.learning import LearnerLike, new_learner, observe
+from lynx_connector.bench.learning import observe
 from lynx_connector.bench.texts import build_prompts
 from lynx_connector.codec import KltTables, KVGeometry
 from lynx_connector.codec.base import DTYPES
+from lynx_connector.codec.klt_learner import TableLearner
 from lynx_connector.config import MIN_LEARN_TOKENS
 from lynx_connector.identity import compatibility_hash
 
@@ -69,7 +70,7 @@ def calibrate(
         )
     heads = whole.num_kv_heads // ranks
     shard = KVGeometry(whole.num_layers, heads, whole.head_dim, whole.dtype)
-    learners = [new_learner(shard, model) for _ in range(ranks)]
+    learners = [TableLearner(shard) for _ in range(ranks)]
     longest = min(PROMPT_TOKENS, model.positions - TEMPLATE_TOKENS)
     prefilling, learning = 0.0, [0.0] * ranks
     for file in files:
@@ -101,7 +102,7 @@ def calibrate(
     ]
 
 
-def _finish(compat: str, learner: LearnerLike, prefilling: float, learning: float) -> ShardTables:
+def _finish(compat: str, learner: TableLearner, prefilling: float, learning: float) -> ShardTables:
     began = time.monotonic()
     tables = learner.build()
     learning += time.monotonic() - began

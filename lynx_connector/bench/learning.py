@@ -9,18 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
-from lynx_kernels.paged import PagedKVCache
-from numpy.typing import NDArray
 
 from lynx_connector.bench.errors import BenchError
 from lynx_connector.bench.hf_model import HFModel
 from lynx_connector.bench.methods import paged_cache
 from lynx_connector.bench.texts import build_prompts
-from lynx_connector.codec import KltTables, KVGeometry
+from lynx_connector.codec import KltTables
+from lynx_connector.codec.klt_learner import TableLearner
 from lynx_connector.config import LynxConfig
 
 FOLDS = 2
@@ -37,26 +35,7 @@ def check_enough_texts(files: Sequence[Path]) -> None:
         )
 
 
-class LearnerLike(Protocol):
-    """What is used of the product's TableLearner."""
-
-    @property
-    def tokens(self) -> int: ...
-    def observe(
-        self, cache: PagedKVCache, slots: NDArray[np.int64], first_position: int
-    ) -> None: ...
-    def build(self) -> KltTables: ...
-
-
-def new_learner(geometry: KVGeometry, model: HFModel) -> LearnerLike:
-    """The product's learner for `geometry`, a shard of the model's KV cache."""
-    from lynx_connector.bench.rotary import model_rotary
-    from lynx_connector.codec.klt_learner import TableLearner
-
-    return TableLearner(geometry, model_rotary(model))
-
-
-def observe(learner: LearnerLike, values: torch.Tensor) -> None:
+def observe(learner: TableLearner, values: torch.Tensor) -> None:
     """Learn from KV [T, L, 2, H, D] of a prompt's first T tokens."""
     learner.observe(paged_cache(values), np.arange(len(values)), 0)
 
@@ -74,7 +53,7 @@ class TwoFolds:
     def learn(self, step: Callable[[str], None] = lambda what: None) -> None:
         """Learn the tables of both folds; `step` is called once a text."""
         for fold in range(FOLDS):
-            learner = new_learner(self._model.geometry, self._model)
+            learner = TableLearner(self._model.geometry)
             for file in self._files[fold::FOLDS]:
                 self._read(learner, file)
                 step(f"{file.name}: learning")
@@ -84,7 +63,7 @@ class TwoFolds:
         """Tables for text number `text`, learned from the other fold."""
         return self._tables[(text + 1) % FOLDS]
 
-    def _read(self, learner: LearnerLike, file: Path) -> None:
+    def _read(self, learner: TableLearner, file: Path) -> None:
         room = LEARN_TOKENS - learner.tokens
         if room > 0:
             tokenizer = self._model.tokenizer

@@ -12,6 +12,7 @@ from lynx_kernels.paged import PagedKVCache, PageIndex
 
 from lynx_connector.bench.baselines import Baseline
 from lynx_connector.codec import Codec, Tier
+from lynx_connector.codec.exact import ExactTier
 from lynx_connector.raw_vectors import record_bytes
 
 BLOCK_SIZE = 16
@@ -80,8 +81,6 @@ class CodecMethod(Method):
         self, source: PagedKVCache, target: PagedKVCache, slots: np.ndarray, anchor: np.ndarray
     ) -> float:
         """Bits spent on making `target`, which holds the refined values, equal to `source`."""
-        from lynx_connector.codec.exact import ExactTier
-
         tier = ExactTier(self._codec)
         data, lengths = tier.encode(source, slots, target, slots, anchor)
         tier.decode(data, lengths, target, slots, anchor)

@@ -110,7 +110,8 @@ class Codec(ABC):
     ) -> None:
         """Encode the tokens at `slots` into `out`.
 
-        slots: int64 [T], of the tokens at positions first_position and up; out: for every tier of the codec a writable C-contiguous uint8 array
+        slots: int64 [T], of the tokens at positions first_position and up; out: for every tier of
+        the codec a writable C-contiguous uint8 array
         [T, bytes_per_token]. Raises CodecError or ValueError before anything is written.
         """
         slots = self._check(cache, slots)
@@ -140,7 +141,8 @@ class Codec(ABC):
     ) -> None:
         """Write the reconstruction of K and V into the paged cache at `slots`.
 
-        slots and first_position as in `encode`; tiers: rows of the first one or more of the codec's tiers, in order, each C-contiguous
+        slots and first_position as in `encode`; tiers: rows of the first one or more of the
+        codec's tiers, in order, each C-contiguous
         uint8 [T, bytes_per_token]; more tiers replace the coarser reconstruction. Slots must not
         repeat. Raises CodecError or ValueError before anything is written.
         """

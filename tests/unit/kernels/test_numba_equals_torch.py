@@ -16,6 +16,7 @@ from hypothesis.extra import numpy as hnp
 from lynx_connector.codec import CODECS, KVGeometry, get_codec
 from lynx_connector.codec.base import DTYPES
 
+WITH_KERNELS = [name for name in CODECS if name != "klt"]  # klt is torch on every device
 SHAPES = [(64, 16, 3), (80, 16, 1), (96, 128, 3), (128, 16, 1), (192, 32, 2), (256, 16, 1)]
 
 
@@ -35,7 +36,7 @@ def assert_same(codec, cache, slots) -> None:
         assert torch.equal(decoded.nan_to_num(nan=0.0), reference.nan_to_num(nan=0.0))
 
 
-@pytest.mark.parametrize("name", CODECS)
+@pytest.mark.parametrize("name", WITH_KERNELS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("head_dim", "block_size", "heads"), SHAPES)
 def test_gaussian_caches(make_cache, name, dtype, head_dim, block_size, heads) -> None:
@@ -48,7 +49,7 @@ def test_gaussian_caches(make_cache, name, dtype, head_dim, block_size, heads) -
         assert_same(codec, cache, slots)
 
 
-@pytest.mark.parametrize("name", CODECS)
+@pytest.mark.parametrize("name", WITH_KERNELS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_magnitudes_over_the_whole_range(make_cache, name, dtype) -> None:
     """Vectors of every power of two that the dtype has, subnormals included."""
@@ -62,7 +63,7 @@ def test_magnitudes_over_the_whole_range(make_cache, name, dtype) -> None:
     assert_same(get_codec(name, KVGeometry(1, 1, 64, dtype)), cache, slots)
 
 
-@pytest.mark.parametrize("name", CODECS)
+@pytest.mark.parametrize("name", WITH_KERNELS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
