@@ -7,6 +7,7 @@ import threading
 from collections import OrderedDict
 
 from lynx_connector.codec import CODECS, Codec, CodecError, KltTables, KVGeometry, get_codec
+from lynx_connector.codec.klt import KltCodec
 from lynx_connector.config import DEFAULT_ANCHOR_BITS
 from lynx_connector.protocol import TABLE_CODECS
 from lynx_connector.transfer import RowLayout
@@ -59,4 +60,4 @@ class CodecCache:
             return self.get(name, anchor_bits)
         if name not in CODECS:
             raise CodecError(f"unknown codec {name!r}; known codecs: {', '.join(CODECS)}")
-        return RowLayout(name, CODECS[name].row_widths(self._geometry, anchor_bits))
+        return RowLayout(name, KltCodec.row_widths(self._geometry, anchor_bits))

@@ -131,15 +131,3 @@ def bench_codec(
 
     texts = [*text, *(more_texts or [])]
     run(model, texts, json_path, png, starts, codec or [], prompt_tokens, dtype)
-
-
-@bench_app.command("kernels")
-def bench_kernels(
-    json_path: Annotated[
-        Path | None, typer.Option("--json", help="Where the report is written.")
-    ] = None,
-) -> None:
-    """Every op on the device found, against a plain copy of the same KV."""
-    from lynx_connector.cli.run_bench_kernels import bench_kernels as run
-
-    run(json_path)

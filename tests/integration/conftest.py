@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One running prefill/decode pair with a router for the whole session, and what tests ask of it.
 
-The prefill has learned its tables before the first test, so that two answers to one prompt come
-from the same codec; `test_tables.py` looks at the learning itself. The sender is limited to
+The pair uses `hadamard`, the default; `test_tables.py` has pairs of its own with `klt`. The sender is limited to
 LINK_MBIT, so that every transfer leaves time to draft. The decode instance recomputes what it
 cannot load; a second one, started where a test needs it, fails such requests.
 """
@@ -17,7 +16,6 @@ from .pair import DecodeOnly, Pair, transfer_flag
 
 LINK_MBIT = 40
 PREFILL_CHUNK = 512
-LEARN_TOKENS = 4096
 
 
 def pytest_collection_modifyitems(items):
@@ -45,7 +43,7 @@ def pair(model, tmp_path_factory):
         link=loopback(LINK_MBIT),
         dtype="float32",
         prefill=Side(
-            lynx={"tables_dir": str(folder / "tables-prefill"), "learn_tokens": LEARN_TOKENS},
+            lynx={"tables_dir": str(folder / "tables-prefill")},
             vllm_args=["--max-num-batched-tokens", str(PREFILL_CHUNK), "--served-model-name", "m"],
         ),
         decode=Side(
@@ -60,9 +58,7 @@ def pair(model, tmp_path_factory):
     )
     with cluster:
         cluster.start()
-        pair = Pair(cluster)
-        pair.learn()
-        yield pair
+        yield Pair(cluster)
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,11 @@ def cold_pair(model, folder, **lynx):
         "transfer_timeout_seconds": 20,
         "tables_dir": str(folder / "tables-decode"),
     }
-    learning = {"tables_dir": str(folder / "tables-prefill"), "learn_tokens": LEARN_TOKENS}
+    learning = {
+        "codec": "klt",
+        "tables_dir": str(folder / "tables-prefill"),
+        "learn_tokens": LEARN_TOKENS,
+    }
     cluster = Cluster(
         model,
         folder,
