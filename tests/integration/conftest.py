@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """One running prefill/decode pair with a router for the whole session, and what tests ask of it.
 
-The pair uses `hadamard`, the default; `test_tables.py` has pairs of its own with `klt`.
-The sender is limited to LINK_MBIT, so that every transfer leaves time to draft. The decode instance recomputes what it
-cannot load; a second one, started where a test needs it, fails such requests.
+The pair uses `hadamard`, the default; `test_tables.py` has pairs of its own with `klt`. The sender
+is limited to LINK_MBIT, so that every transfer leaves time to draft. The decode instance recomputes
+what it cannot load; a second one, started where a test needs it, fails such requests.
 """
 
 import pytest

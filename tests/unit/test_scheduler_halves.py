@@ -50,7 +50,9 @@ def test_halves_and_states_run_without_torch():
 
 
 def producer(tp=1, tables=None, **config):
-    half = ProducerScheduler(LynxConfig(**config), "engine", "10.0.0.1", tp, BLOCK, NO_EVENTS)
+    half = ProducerScheduler(
+        LynxConfig(**{"codec": "klt"} | config), "engine", "10.0.0.1", tp, BLOCK, NO_EVENTS
+    )
     half.set_workers([7600 + rank for rank in range(tp)], tables or [""] * tp)
     return half
 

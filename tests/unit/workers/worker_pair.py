@@ -9,10 +9,10 @@ import time
 
 import numpy as np
 import torch
-from lynx_connector.codec.klt_learner import TableLearner
 from lynx_kernels.paged import PagedKVCache, PageIndex
 
 from lynx_connector.codec import KVGeometry
+from lynx_connector.codec.klt_learner import TableLearner
 from lynx_connector.config import LynxConfig
 from lynx_connector.consumer.worker import ConsumerWorker
 from lynx_connector.events import EventLog
@@ -94,7 +94,9 @@ class Producer:
 
     def __init__(self, loop, folder, tokens=4096, dtype="float32", seed=1, **config):
         self.cache = noise_cache(tokens, seed, dtype)
-        self.config = LynxConfig(tables_dir=folder, staging_bytes=1 << 28, **config)
+        self.config = LynxConfig(
+            tables_dir=folder, staging_bytes=1 << 28, **{"codec": "klt"} | config
+        )
         self.context = context(loop, self.cache, self.config, dtype)
         self.worker = ProducerWorker(self.context)
         self.events = self.context.events
