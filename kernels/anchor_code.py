@@ -76,6 +76,44 @@ def anchor_code(head_dim: int) -> AnchorCode:
     return tables
 
 
+@dataclass(frozen=True)
+class FineCode:
+    """The anchor's cells in 32 parts each: a code of 9 bits, whose upper 8 are the code above.
+
+    code9_of_grid: uint16 [16385], by grid point i, where u = i / 8192 - 1
+    level9, level8: float32 [512] and [256], the middle of the part that 9 or 8 bits leave
+    """
+
+    code9_of_grid: NDArray[np.uint16]
+    level9: NDArray[np.float32]
+    level8: NDArray[np.float32]
+    _cells: NDArray[np.float32]
+
+    def anchor_level(self, bits: int) -> NDArray[np.float32]:
+        """u by the upper `bits` bits alone: float32 [2^bits]."""
+        if bits == 4:
+            return self._cells
+        middles = self.level9.reshape(1 << bits, -1).mean(axis=1, dtype=np.float64)
+        return middles.astype(np.float32)
+
+
+@functools.cache
+def fine_code(head_dim: int) -> FineCode:
+    """The finer code for vectors of `head_dim` elements."""
+    coarse = anchor_code(head_dim)
+    starts = np.searchsorted(coarse.code_of_grid, np.arange(0, 256, 16), side="left")
+    borders = np.append(starts, 2 * GRID) - GRID
+    width = np.diff(borders) // 16  # grid points of 1/8192 in a part of 1/32 cell
+    part_start = (2 * borders[:-1, None] + width[:, None] * np.arange(32)).ravel()
+    middle = part_start + np.repeat(width, 32) / 2
+    code = np.searchsorted(part_start, np.arange(-2 * GRID, 2 * GRID + 1), side="right") - 1
+    level9 = (middle / (2 * GRID)).astype(np.float32)
+    tables = FineCode(code.astype(np.uint16), level9, coarse.refined_level, coarse.anchor_level)
+    for table in (tables.code9_of_grid, tables.level9):
+        table.setflags(write=False)
+    return tables
+
+
 def derive(head_dim: int, seed: int = 1, elements: int = 1 << 21) -> tuple[list[int], list[int]]:
     """One entry of the table: Lloyd's algorithm on |u| of simulated vectors.
 

@@ -105,7 +105,7 @@ def encode(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
     tables = hadamard_tables(x.shape[-1])
     y = walsh_hadamard(x, tables.transform)
-    scale = _scale_codes(y, tables)
+    scale = scale_codes(y, tables)
     to_grid = _on(tables.to_grid, x.device)[scale.long()]
     position = y * to_grid.unsqueeze(-1) + GRID
     # NaN (from a vector whose scale says so) becomes a grid point too: any will do.
@@ -135,7 +135,7 @@ def decode(
     return y.clamp(-limit, limit).to(dtype)
 
 
-def _scale_codes(y: torch.Tensor, tables: HadamardTables) -> torch.Tensor:
+def scale_codes(y: torch.Tensor, tables: HadamardTables) -> torch.Tensor:
     """Scale bytes [...] of raw coefficients [..., D], by integer arithmetic on float32 bits."""
     # Compared as integers, magnitudes keep their order, and NaN > infinity > every number.
     maximum = (y.view(torch.int32) & 0x7FFFFFFF).amax(dim=-1)

@@ -126,7 +126,7 @@ def start_learning(
     if config.learn_tokens <= tables.learned_tokens:
         return None
     try:
-        learner = TableLearner(context.geometry, context.rotary)
+        learner = TableLearner(context.geometry, context.rotation)
     except CodecError as error:
         logger.warning("lynx: no tables can be learned for this model: %s", error)
         return None

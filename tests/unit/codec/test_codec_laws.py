@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from lynx_kernels.paged import PagedKVCache, PageIndex
+from lynx_kernels.rotation import Rotation
 
 from lynx_connector.codec import CODECS, Codec, CodecError, KltTables, KVGeometry, Tier, get_codec
 from lynx_connector.codec.base import DTYPES
@@ -59,7 +60,8 @@ def learned(geometry: KVGeometry) -> KltTables:
         for layer in range(g.num_layers)
     }
     cache = PagedKVCache(layers, 2048, g.num_kv_heads, g.head_dim, page)
-    learner = TableLearner(geometry)
+    steps = range(1 << 30, 1 << 20, -(1 << 30) // (geometry.head_dim // 4))
+    learner = TableLearner(geometry, Rotation(tuple(steps), is_neox=True))
     learner.observe(cache, np.arange(2048), 0)
     return learner.build()
 

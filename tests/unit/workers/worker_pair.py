@@ -48,7 +48,7 @@ def values(cache, slots):
 
 def learned(cache, tokens, dtype="float32"):
     """Tables of a learner that has seen `tokens` tokens of `cache`."""
-    learner = TableLearner(geometry(dtype), None)
+    learner = TableLearner(geometry(dtype))
     learner.observe(cache, np.arange(tokens), 0)
     return learner.build()
 
