@@ -172,9 +172,7 @@ def _symbols(
     cell = (magnitude >> plan.raw) - plan.cell
     other = (true ^ plan.coarse) >= top
     wide = plan.row >= MAGNITUDE_ROW
-    symbol = np.where(
-        wide, cell + CELLS * other, (difference >> plan.raw) - code.low[plan.row]
-    )
+    symbol = np.where(wide, cell + CELLS * other, (difference >> plan.raw) - code.low[plan.row])
     escape = code.escape[plan.row]
     limit = np.where(wide, CELLS + CELLS * other, escape)
     escaped = (symbol < np.where(wide, CELLS * other, 0)) | (symbol >= limit)

@@ -7,9 +7,9 @@ the ordered codes (integers in the order of the floats) of the true value and of
 
 - b < 24: d itself is the symbol, one table for each quarter octave of sigma.
 - b >= 24: the lowest bits of d are sent raw, as many as leave sigma between 4 and 8.
-- b >= 8 * mantissa bits (sigma >= |c|, one value in 150): a difference of codes would be as long
-  as the exponent's range where the sign differs. Here the magnitude is coded beside that of sigma:
-  eight symbols a binade and sign, further mantissa bits raw.
+- b >= 8 * mantissa bits - 8 (sigma above |c| / 4, one value in 80): the codes are far from
+  linear there, and a difference across zero is as long as the exponent's range. So the magnitude is
+  coded beside that of sigma: eight symbols a binade and sign, further mantissa bits raw.
 
 What has no symbol is an escape, followed by the true bits.
 
@@ -38,7 +38,7 @@ WIDTH = (16, 16, 32)
 LOWEST = -48  # b below it are as good as certain
 SPLIT = 24  # b from which low bits are raw
 BINADE_CELLS = 8  # symbols a binade where the magnitude is coded
-BELOW, CELLS = 56, 74  # of them below sigma, and in all: 2^-7 to 2^2.25 sigma
+BELOW, CELLS = 56, 80  # of them below sigma, and in all: 2^-7 to 2^3 sigma
 
 _ESCAPE = 4  # frequency of the escape: real errors have heavier tails than a Gaussian
 _REACH = 4.0  # symbols up to this many sigma
@@ -47,7 +47,8 @@ _UNIT = float(1 << 30)
 # 2^(1/16), 2^(5/16), 2^(9/16), 2^(13/16): the middles of quarter octaves. Literals, since exp2 may
 # differ in its last bit between machines.
 _QUARTERS = (1.0442737824274138, 1.241857812073484, 1.4768261459394993, 1.7562521603732995)
-_CENTRES = (1.0, 0.5, 0.0)  # c / sigma of the tables for sigma in [1, 2), [2, 4) and from 4 |c|
+_CENTRES = (2.0, 1.0, 0.5, 0.0)  # |c| / sigma, about, of the tables by magnitude, an octave each
+_AROUND = (0.65, 0.85, 1.1, 1.4)  # and how it varies inside the octave
 
 
 @dataclass(frozen=True)
@@ -99,15 +100,26 @@ MAGNITUDE_ROW = (SPLIT - LOWEST) // 2 + len(_QUARTERS)  # rows from here on code
 def plans(kind: int) -> NDArray[np.uint16]:
     """By b - LOWEST, clipped to the table: row | raw bits << 8."""
     mantissa = MANTISSA[kind]
-    b = np.arange(LOWEST, 8 * (mantissa + len(_CENTRES)))
+    b = np.arange(LOWEST, 8 * (mantissa - 1 + len(_CENTRES)))
     split = (b - SPLIT) // 8
     row = np.where(b < SPLIT, (b - LOWEST) // 2, (SPLIT - LOWEST) // 2 + (b - SPLIT) % 8 // 2)
-    wide = b // 8 - mantissa
+    wide = b // 8 - (mantissa - 1)
     row = np.where(wide < 0, row, MAGNITUDE_ROW + wide)
     raw = np.clip(split + 1, 0, mantissa - 3)
     plan = (row | raw << 8).astype(np.uint16)
     plan.setflags(write=False)
     return plan
+
+
+NO_ERROR = -20000  # 1/8 octaves: the reconstruction is the true value
+
+
+def error_steps(variance: NDArray[np.float64]) -> NDArray[np.int16]:
+    """8 * log2 of the standard deviation, rounded; the same on every machine, as exp2 is not."""
+    fraction, octave = np.frexp(variance)
+    borders = (0.5452538663326288, 0.6484197773255048, 0.7711054127039704, 0.9170040432046712)
+    steps = 4 * octave - 4 + sum((fraction >= border).astype(np.int64) for border in borders)
+    return np.where(variance > 0, steps, NO_ERROR).astype(np.int16)
 
 
 def lanes_of(elements: int) -> int:
@@ -147,8 +159,11 @@ def _magnitude(centre: float) -> NDArray[np.int64]:
     width = np.ldexp(1.0, octave) / BINADE_CELLS
     start = np.ldexp(1.0, octave) + (cell % BINADE_CELLS) * width
     points = start[:, None] + width[:, None] * ((np.arange(16) + 0.5) / 16)
-    both = [_bell(points - centre).sum(axis=1), _bell(points + centre).sum(axis=1)]
-    return np.concatenate([mass << (octave - octave[0]) for mass in both])
+    both = np.zeros((2, len(cell)), np.int64)
+    for factor in _AROUND:
+        both[0] += _bell(points - factor * centre).sum(axis=1)
+        both[1] += _bell(points + factor * centre).sum(axis=1)
+    return (both << (octave - octave[0])).ravel()
 
 
 def _bell(x: NDArray[np.float64]) -> NDArray[np.int64]:

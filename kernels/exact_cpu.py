@@ -73,9 +73,11 @@ def decode(
 ) -> NDArray:
     """Bits of the true values, [T, V * D]; arguments as in `encode`, `header` bytes skipped.
 
-    lengths must add up to `data`. Raises ValueError for bytes that nothing is encoded to.
+    Raises ValueError for bytes that nothing is encoded to.
     """
     lanes = lanes_of(coarse.shape[1])
+    if int(lengths.sum(dtype=np.uint64)) != len(data):
+        raise ValueError("lengths do not add up to the bytes")
     if (lengths < header + 4 * lanes).any() or (lengths % 2).any():
         raise ValueError("a token's bytes are too few or odd")
     words = np.concatenate([data, np.zeros(2 * 3 * MAX_LANES, np.uint8)]).view(np.uint16)
@@ -176,9 +178,7 @@ def _encode(
                     bits = uint32(difference)
                 else:
                     bits = uint32(t & mask)
-                    symbol = int32(
-                        int32(bits >> raw) - sigma - int32(BINADE_CELLS * bias - BELOW)
-                    )
+                    symbol = int32(int32(bits >> raw) - sigma - int32(BINADE_CELLS * bias - BELOW))
                     escaped = symbol < int32(0) or symbol >= int32(CELLS)
                     if (t ^ c) & top:
                         symbol += int32(CELLS)

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from lynx_kernels import hadamard
 from lynx_kernels.anchor_code import anchor_code
+from lynx_kernels.exact_code import NO_ERROR, error_steps
 from lynx_kernels.paged import PagedKVCache
 from numpy.typing import NDArray
 
@@ -84,7 +85,18 @@ class KltCodec(Codec):
         return token, vector
 
     def error_spread(self, anchor: Rows) -> NDArray[np.int16]:
-        return anchor[:, -self._scales :].astype(np.int16) - np.int16(hadamard.SCALE_BIAS)
+        spread = np.arange(256, dtype=np.int16) - np.int16(hadamard.SCALE_BIAS)
+        spread[hadamard.SCALE_ZERO] = NO_ERROR
+        return spread[anchor[:, -self._scales :]]
+
+    @property
+    def error_tilt(self) -> NDArray[np.int16]:
+        """K: levels are odd integers, so that a component's error is uniform in (-1, 1)."""
+        basis = self.tables.k_basis.astype(np.float64)
+        unit = self.tables.k_unit.astype(np.float64)[..., None]
+        k = (basis * basis).sum(axis=-2) * (unit * unit / 3)
+        v = np.full_like(k, anchor_code(self.geometry.head_dim).refined_variance)
+        return error_steps(np.stack((k, v), axis=1))
 
     def warmup(self) -> None:
         """Nothing to compile."""
