@@ -6,7 +6,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
-import numba
 import numpy as np
 from lynx_kernels.exact_code import (
     BELOW,
@@ -16,7 +15,6 @@ from lynx_kernels.exact_code import (
     LOWEST,
     MAGNITUDE_ROW,
     MANTISSA,
-    MAX_SYMBOLS,
     PRECISION,
     SLOTS,
     SYMBOL_RAW,
@@ -106,10 +104,10 @@ _PLANS = types.Array(types.uint16, 1, "C", readonly=True)
 @functools.cache
 def _encoder(width: int) -> Callable[..., int]:
     bits = types.Array(types.uint16 if width == 16 else types.uint32, 2, "C", readonly=True)
+    words, lengths = types.Array(types.uint16, 1, "C"), types.Array(types.uint32, 1, "C")
     return compile_kernel(
         _encode, bits, bits, _SPREAD, _SPREAD, *(_INTEGER,) * 3, _PLANS, _TABLE, _TABLE,
-        _ROWS, _ROWS, _INTEGER, types.Array(types.uint16, 1, "C"), types.Array(types.uint32, 1, "C"),
-        result=_INTEGER,
+        _ROWS, _ROWS, _INTEGER, words, lengths, result=_INTEGER,
     )  # fmt: skip
 
 
@@ -241,8 +239,8 @@ def _encode(
             out[uint64(size)] = uint16(state[lane] & _WORD)
             out[uint64(size + 1)] = uint16(state[lane] >> uint32(16))
             size += 2
-        for i in range(place, scratch.size):
-            out[uint64(size)] = scratch[uint64(i)]
+        for used in range(place, scratch.size):
+            out[uint64(size)] = scratch[uint64(used)]
             size += 1
         lengths[token] = uint32(2 * (size - begin))
     return size
@@ -356,15 +354,15 @@ def _decode(
             expected = int32(spread[token, vector])
             for j in range(head_dim):
                 i = uint64(vector * head_dim + j)
-                row = uint64(planned[i] & uint16(0xFF))
+                table = uint64(planned[i] & uint16(0xFF))
                 raw = uint32(planned[i] >> uint16(8))
                 c = uint32(coarse[token, i])
                 bits = low_bits[i]
                 if gone[i]:
                     t = bits
-                elif row < uint64(MAGNITUDE_ROW):
+                elif table < uint64(MAGNITUDE_ROW):
                     oc = uint32(~c) if c & top else uint32(c | top)
-                    step = uint32(int32(symbols[i]) + low_of[row])
+                    step = uint32(int32(symbols[i]) + low_of[table])
                     ordered = uint32(uint32(oc + (step << raw)) + bits)
                     t = uint32(ordered ^ top) if ordered & top else uint32(~ordered)
                 else:

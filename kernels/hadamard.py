@@ -86,7 +86,7 @@ def hadamard_tables(head_dim: int) -> HadamardTables:
 def error_spread(head_dim: int) -> NDArray[np.int16]:
     """Expected error of an element by scale byte, int16 [256], in 1/8 octaves."""
     spread = np.arange(256, dtype=np.int16) - np.int16(SCALE_BIAS)
-    spread += error_steps(np.float64(anchor_code(head_dim).refined_variance))
+    spread += error_steps(np.array(anchor_code(head_dim).refined_variance))
     spread[SCALE_ZERO] = NO_ERROR
     return spread
 

@@ -117,4 +117,4 @@ def _starts(lengths: NDArray[np.uint32]) -> NDArray[np.int64]:
 
 
 def _checksum(values: NDArray) -> NDArray[np.uint8]:
-    return np.array([xxhash.xxh3_64_intdigest(values)], _CHECKSUM).view(np.uint8)
+    return np.array([xxhash.xxh3_64_intdigest(values.data)], _CHECKSUM).view(np.uint8)
