@@ -26,6 +26,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from lynx_kernels.anchor_code import GRID, AnchorCode, anchor_code
+from lynx_kernels.exact_code import NO_ERROR, error_steps
 from numpy.typing import NDArray
 
 MIN_TRANSFORM = 8
@@ -80,6 +81,14 @@ def hadamard_tables(head_dim: int) -> HadamardTables:
     to_raw.setflags(write=False)
     norm = np.float32(1 / math.sqrt(transform))
     return HadamardTables(transform, norm, to_grid, to_raw, anchor_code(head_dim))
+
+
+def error_spread(head_dim: int) -> NDArray[np.int16]:
+    """Expected error of an element by scale byte, int16 [256], in 1/8 octaves."""
+    spread = np.arange(256, dtype=np.int16) - np.int16(SCALE_BIAS)
+    spread += error_steps(np.array(anchor_code(head_dim).refined_variance))
+    spread[SCALE_ZERO] = NO_ERROR
+    return spread
 
 
 def walsh_hadamard(x: torch.Tensor, length: int) -> torch.Tensor:

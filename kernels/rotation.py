@@ -55,6 +55,12 @@ class Rotation:
             (pairs, pairs + self.pairs) if self.is_neox else (2 * pairs, 2 * pairs + 1)
         )
 
+    @property
+    def elements(self) -> tuple[list[int], list[int]]:
+        """First and second element of every pair."""
+        one, two = self._order.split(self.pairs) if self.pairs else (self._order, self._order)
+        return one.tolist(), two.tolist()
+
     def turn(self, x: torch.Tensor, first: int, *, back: bool = False) -> torch.Tensor:
         """x [T, ..., D] float32 at positions first and up, rotated (or rotated back).
 

@@ -15,6 +15,8 @@ from typing import ClassVar
 import numpy as np
 import torch
 from lynx_kernels import hadamard, klt, klt_cpu
+from lynx_kernels.anchor_code import anchor_code
+from lynx_kernels.exact_code import NO_ERROR, error_steps
 from lynx_kernels.paged import PagedKVCache
 from numpy.typing import NDArray
 
@@ -56,7 +58,26 @@ class KltCodec(Codec):
         return token, vector
 
     def error_spread(self, anchor: Rows) -> NDArray[np.int16]:
-        return anchor[:, -self._scales :].astype(np.int16) - np.int16(hadamard.SCALE_BIAS)
+        spread = np.arange(256, dtype=np.int16) - np.int16(hadamard.SCALE_BIAS)
+        spread[hadamard.SCALE_ZERO] = NO_ERROR
+        return spread[anchor[:, -self._scales :]]
+
+    @functools.cached_property
+    def _tilt(self) -> NDArray[np.int16]:
+        """K: levels are odd integers, so that a component's error is uniform in (-1, 1)."""
+        code, d = self._code, self.geometry.head_dim
+        basis = code.basis.astype(np.float64)
+        unit = code.k_unit.astype(np.float64)[..., None]
+        k = (basis * basis).sum(axis=-2) * (unit * unit / 3)
+        one, two = code.rotation.elements
+        k[..., one] = k[..., two] = (k[..., one] + k[..., two]) / 2  # the angle is anything
+        # Half of V's components have parts of half the width.
+        v = np.full_like(k, anchor_code(d).refined_variance * 0.625)
+        return error_steps(np.stack((k, v), axis=1))
+
+    @property
+    def error_tilt(self) -> NDArray[np.int16]:
+        return self._tilt
 
     def warmup(self) -> None:
         page = torch.zeros(1, 1, 1, 2 * self.geometry.head_dim, dtype=self.dtype)

@@ -252,3 +252,20 @@ def test_wrong_rows_and_caches_are_refused(make_cache, name) -> None:
         codec.encode(cache, slots, {})
     with pytest.raises(CodecError, match="no exact tier"):
         codec.bytes_per_token(Tier.EXACT)
+
+
+@pytest.mark.parametrize("name", ["hadamard", "klt"])
+def test_the_expected_error_is_the_error(make_cache, name):
+    """Over many vectors its root mean square is within 1/8 octave of what the codec says."""
+    cache = make_cache("flash", dtype=DTYPES["float32"], blocks=16)
+    codec = codec_for(name, cache)
+    slots = np.arange(200)
+    rows = encoded(codec, cache, slots)
+    g = codec.geometry
+    before = np.stack([cache.gather(i, slots).numpy() for i in range(g.num_layers)], axis=1)
+    codec.decode(list(rows.values()), cache, slots)
+    after = np.stack([cache.gather(i, slots).numpy() for i in range(g.num_layers)], axis=1)
+    spread = codec.error_spread(rows[Tier.ANCHOR]).reshape(200, g.num_layers, 2, g.num_kv_heads, 1)
+    relative = (after - before) / np.exp2((spread + codec.error_tilt) / 8)
+    for kv in range(2):
+        assert abs(8 * np.log2(np.sqrt((relative[:, :, kv] ** 2).mean()))) < 1.5
