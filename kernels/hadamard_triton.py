@@ -18,14 +18,15 @@ from lynx_kernels.tile_triton import (
     INFINITY,
     MAGNITUDE,
     OPTIONS,
-    byte_pointers,
     device_table,
     element_pointers,
     from_single,
     grid,
     locate,
     page_arguments,
+    row_pointers,
     to_single,
+    vector_mask,
 )
 
 _BIAS = tl.constexpr(hadamard.SCALE_BIAS)
@@ -97,18 +98,25 @@ def decode(
 def walsh_hadamard(y, STAGES: tl.constexpr):
     """Unnormalised transform of each run of 2^STAGES elements along the last axis of [ROWS, DIM].
 
-    Butterflies of distance 1, 2, 4, ... Each element meets its partner through the sum of their
-    bits as integers (exact, modulo 2^32): in one thread's registers that folds away, between
-    threads it is one shuffle, and no shared memory is needed.
+    Butterflies of distance 1, 2, 4, ...: the order that the reference follows.
     """
     for stage in tl.static_range(STAGES):
-        pairs: tl.constexpr = (y.numel >> (stage + 1), 2, 1 << stage)
-        own = tl.reshape(y, pairs)
-        bits = own.to(tl.int32, bitcast=True)
-        partner = (tl.sum(bits, 1, keep_dims=True) - bits).to(tl.float32, bitcast=True)
-        is_high = (tl.arange(0, 2) == 1)[None, :, None]
-        y = tl.reshape(tl.where(is_high, partner - own, own + partner), y.shape)
+        pairs = tl.reshape(y, (y.numel >> (stage + 1), 2, 1 << stage))
+        y = tl.reshape(_butterflies(pairs), y.shape)
     return y
+
+
+@triton.jit
+def _butterflies(own):
+    """Sums and differences along the middle axis, of length 2.
+
+    Each element meets its partner through the sum of their bits as integers (exact, modulo 2^32):
+    in one thread's registers that folds away, between threads it is one shuffle; no shared memory.
+    """
+    bits = own.to(tl.int32, bitcast=True)
+    partner = (tl.sum(bits, 1, keep_dims=True) - bits).to(tl.float32, bitcast=True)
+    is_high = (tl.arange(0, 2) == 1)[None, :, None]
+    return tl.where(is_high, partner - own, own + partner)
 
 
 @triton.jit
@@ -132,6 +140,14 @@ def grid_codes(y, factor, code_of_grid):
     position = tl.where(position > 0.0, position, 0.0)  # NaN too
     position = tl.where(position < _LAST, position, _LAST)
     return tl.load(code_of_grid + position.to(tl.int32))
+
+
+@triton.jit
+def _scale_pointers(anchor, pitch, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr):
+    """Pointers [ROWS] to the scale bytes behind all codes of a row."""
+    token, vector = locate(HEADS, ROWS)
+    first = token.to(tl.int64) * pitch + tl.num_programs(1) * (HEADS * HEAD_DIM)
+    return anchor + first + (tl.program_id(1) * (2 * HEADS) + vector)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -169,15 +185,13 @@ def _encode(
     code = grid_codes(y, tl.load(to_grid + scale), code_of_grid)
     even, odd = tl.split(tl.reshape(code, (ROWS, DIM // 2, 2)))
 
-    token, vector = locate(HEADS, ROWS)
-    there = tl.arange(0, DIM // 2)[None, :] < HEAD_DIM // 2
-    there = there & (token < num_tokens)[:, None]
-    bytes_of = byte_pointers(anchor, anchor_pitch, HEAD_DIM // 2, DIM // 2, HEADS, ROWS)
-    tl.store(bytes_of, (even >> 4) | (odd & 0xF0), mask=there)
-    bytes_of = byte_pointers(residual, residual_pitch, HEAD_DIM // 2, DIM // 2, HEADS, ROWS)
-    tl.store(bytes_of, (even & 0x0F) | (odd << 4), mask=there)
-    place = tl.program_id(1) * 2 * HEADS + vector + tl.num_programs(1) * (HEADS * HEAD_DIM)
-    scales = anchor + token.to(tl.int64) * anchor_pitch + place
+    token, _ = locate(HEADS, ROWS)
+    there = vector_mask(num_tokens, HEAD_DIM // 2, DIM // 2, HEADS, ROWS)
+    place = row_pointers(anchor, anchor_pitch, HEAD_DIM // 2, DIM // 2, HEADS, ROWS)
+    tl.store(place, (even >> 4) | (odd & 0xF0), mask=there)
+    place = row_pointers(residual, residual_pitch, HEAD_DIM // 2, DIM // 2, HEADS, ROWS)
+    tl.store(place, (even & 0x0F) | (odd << 4), mask=there)
+    scales = _scale_pointers(anchor, anchor_pitch, HEADS, HEAD_DIM, ROWS)
     tl.store(scales, scale.to(tl.uint8), mask=token < num_tokens)
 
 
@@ -207,19 +221,17 @@ def _decode(
     ALIGNED: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    token, vector = locate(HEADS, ROWS)
-    there = tl.arange(0, DIM // 2)[None, :] < HEAD_DIM // 2
-    there = there & (token < num_tokens)[:, None]
-    bytes_of = byte_pointers(anchor, anchor_pitch, HEAD_DIM // 2, DIM // 2, HEADS, ROWS)
-    coarse = tl.load(bytes_of, mask=there, other=0)
+    token, _ = locate(HEADS, ROWS)
+    there = vector_mask(num_tokens, HEAD_DIM // 2, DIM // 2, HEADS, ROWS)
+    place = row_pointers(anchor, anchor_pitch, HEAD_DIM // 2, DIM // 2, HEADS, ROWS)
+    coarse = tl.load(place, mask=there, other=0)
     if REFINED:
-        bytes_of = byte_pointers(residual, residual_pitch, HEAD_DIM // 2, DIM // 2, HEADS, ROWS)
-        fine = tl.load(bytes_of, mask=there, other=0)
+        place = row_pointers(residual, residual_pitch, HEAD_DIM // 2, DIM // 2, HEADS, ROWS)
+        fine = tl.load(place, mask=there, other=0)
         even, odd = (coarse << 4) | (fine & 0x0F), (coarse & 0xF0) | (fine >> 4)
     else:
         even, odd = coarse & 0x0F, coarse >> 4
-    place = tl.program_id(1) * 2 * HEADS + vector + tl.num_programs(1) * (HEADS * HEAD_DIM)
-    scales = anchor + token.to(tl.int64) * anchor_pitch + place
+    scales = _scale_pointers(anchor, anchor_pitch, HEADS, HEAD_DIM, ROWS)
     factor = tl.load(to_raw + tl.load(scales, mask=token < num_tokens, other=0))
     u = tl.reshape(tl.join(tl.load(level + even), tl.load(level + odd)), (ROWS, DIM))
     y = walsh_hadamard(u * factor[:, None], STAGES)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tiles: how the Triton kernels read and write the paged cache, and where a tile's rows go.
 
-One program takes ROWS head vectors of one layer: a [ROWS, DIM] tile in registers, DIM being head_dim
-rounded up to a power of two. Vectors are counted token by token, then K before V, then by head, which
-is their order in a tier row: neighbouring vectors fill neighbouring bytes there, and all layers of a
-chunk are one launch.
+One program takes ROWS head vectors of one layer: a [ROWS, DIM] tile in registers, DIM being
+head_dim rounded up to a power of two. Vectors are counted token by token, then K before V, then by
+head, which is their order in a tier row: neighbouring vectors fill neighbouring bytes there, and
+all layers of a chunk are one launch.
 
 Layers are reached through a table of their addresses. Dtype conversions to bfloat16 are done on
 integer bits: rounding to nearest even, saturating instead of making an infinity, NaN stays NaN.
@@ -132,10 +132,12 @@ def element_pointers(
 def to_single(stored, KIND: tl.constexpr):
     """float32 of the cache's bits; exact."""
     if KIND == BFLOAT16:
-        return (stored.to(tl.int32) << 16).to(tl.float32, bitcast=True)
-    if KIND == FLOAT16:
-        return stored.to(tl.float16, bitcast=True).to(tl.float32)
-    return stored.to(tl.float32, bitcast=True)
+        value = (stored.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    elif KIND == FLOAT16:
+        value = stored.to(tl.float16, bitcast=True).to(tl.float32)
+    else:
+        value = stored.to(tl.float32, bitcast=True)
+    return value
 
 
 @triton.jit
@@ -147,18 +149,20 @@ def from_single(value, KIND: tl.constexpr):
         limited = tl.minimum(magnitude, _BFLOAT16_MAX)
         rounded = (limited + 0x7FFF + ((limited >> 16) & 1)) >> 16
         rounded = tl.where(magnitude > INFINITY, 0x7FC0, rounded)
-        return (rounded | ((bits >> 16) & 0x8000)).to(tl.uint16)
-    if KIND == FLOAT16:
+        stored = (rounded | ((bits >> 16) & 0x8000)).to(tl.uint16)
+    elif KIND == FLOAT16:
         value = tl.where(value > _FLOAT16_MAX, _FLOAT16_MAX, value)
         value = tl.where(value < -_FLOAT16_MAX, -_FLOAT16_MAX, value)
-        return value.to(tl.float16).to(tl.uint16, bitcast=True)
-    value = tl.where(value > _FLOAT32_MAX, _FLOAT32_MAX, value)
-    value = tl.where(value < -_FLOAT32_MAX, -_FLOAT32_MAX, value)
-    return value.to(tl.uint32, bitcast=True)
+        stored = value.to(tl.float16).to(tl.uint16, bitcast=True)
+    else:
+        value = tl.where(value > _FLOAT32_MAX, _FLOAT32_MAX, value)
+        value = tl.where(value < -_FLOAT32_MAX, -_FLOAT32_MAX, value)
+        stored = value.to(tl.uint32, bitcast=True)
+    return stored
 
 
 @triton.jit
-def byte_pointers(
+def row_pointers(
     rows, pitch, width: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr
 ):
     """Pointers [ROWS, WIDTH] to the `width` units of each of the tile's vectors in tier rows.
@@ -166,5 +170,18 @@ def byte_pointers(
     rows: [T, pitch], whose row begins with `width` units of each vector; WIDTH: width rounded up.
     """
     token, vector = locate(HEADS, ROWS)
-    first = token.to(tl.int64) * pitch + (tl.program_id(1) * 2 * HEADS + vector) * width
+    first = token.to(tl.int64) * pitch + (tl.program_id(1) * (2 * HEADS) + vector) * width
     return rows + first[:, None] + tl.arange(0, WIDTH)[None, :]
+
+
+@triton.jit
+def vector_mask(
+    num_tokens,
+    width: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HEADS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Which of the units of `row_pointers` exist."""
+    token, _ = locate(HEADS, ROWS)
+    return (token < num_tokens)[:, None] & (tl.arange(0, WIDTH)[None, :] < width)

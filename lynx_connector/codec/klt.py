@@ -86,7 +86,7 @@ class KltCodec(Codec):
     def error_spread(self, anchor: Rows) -> NDArray[np.int16]:
         return anchor[:, -self._scales :].astype(np.int16) - np.int16(hadamard.SCALE_BIAS)
 
-    def warmup(self) -> None:
+    def warmup(self, cache: PagedKVCache | None = None) -> None:
         """Nothing to compile."""
 
     def encode_values(
