@@ -77,7 +77,7 @@ class KltLayers:
             np.stack((code.k_mean, code.v_mean), axis=1).reshape(vectors),
             np.ascontiguousarray(code.k_unit),
             span,
-            1 / span,
+            np.float32(1) / span,
             code.anchor.astype(np.uint8).reshape(vectors),
             code.lower.astype(np.uint8).reshape(vectors),
         )
@@ -514,7 +514,7 @@ def _value_codes(tile, factor, code9_of_grid, code):
             i = uint64(d * LANES + w)
             j = uint64(i + uint64(LANES))
             code[i] = uint32(code9_of_grid[code[i]])
-            code[j] = uint32(code9_of_grid[code[j]] >> 1)
+            code[j] = uint32(code9_of_grid[code[j]]) >> uint32(1)
 
 
 @numba.njit(error_model="numpy")

@@ -136,8 +136,10 @@ def key_rotation(head_dim: int) -> Rotation:
     found: set[Rotation | None] = set()
     for module in rotary_embedding._ROPE_DICT.values():
         table = getattr(module, "cos_sin_cache", None)
-        fits = table is not None and table.ndim == 2 and table.shape[1] <= head_dim
-        found.add(fit_rotation(table, module.is_neox_style) if fits else None)
+        if table is None or table.ndim != 2 or table.shape[1] > head_dim:
+            found.add(None)
+        else:
+            found.add(fit_rotation(table, module.is_neox_style))
     if len(found) == 1 and (rotation := next(iter(found))) is not None:
         return rotation
     logger.warning(

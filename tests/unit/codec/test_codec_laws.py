@@ -17,7 +17,7 @@ from lynx_connector.codec.klt_learner import TableLearner
 
 # Mean squared error over mean square on Gaussian vectors, by number of tiers decoded.
 VNMSE_BOUND = {
-    "klt": [1.2e-2, 6e-5],
+    "klt": [1.2e-2, 8e-5],  # K of white noise: nothing to gather, and half a bit less than V
     "hadamard": [9e-3, 4.5e-5],
     "bf16": [0.0],
     "int8": [6e-5],
@@ -70,9 +70,9 @@ def empty_rows(codec: Codec, tokens: int) -> dict[Tier, np.ndarray]:
     return {t: np.zeros((tokens, codec.bytes_per_token(t)), np.uint8) for t in codec.tiers}
 
 
-def encoded(codec: Codec, cache, slots) -> dict[Tier, np.ndarray]:
+def encoded(codec: Codec, cache, slots, first_position: int = 0) -> dict[Tier, np.ndarray]:
     out = empty_rows(codec, len(slots))
-    codec.encode(cache, slots, out)
+    codec.encode(cache, slots, out, first_position)
     return out
 
 
@@ -111,7 +111,7 @@ def test_rows_of_a_slice_are_the_slice_of_rows(make_cache, name, layout) -> None
     slots = np.random.default_rng(2).permutation(cache.num_slots)
     whole = encoded(codec, cache, slots)
     for start, stop in [(0, 1), (1, 18), (18, 64), (63, 64), (5, 5)]:
-        part = encoded(codec, cache, slots[start:stop])
+        part = encoded(codec, cache, slots[start:stop], start)
         for tier in codec.tiers:
             np.testing.assert_array_equal(part[tier], whole[tier][start:stop])
 
@@ -137,7 +137,7 @@ def test_a_slice_of_a_frame_can_be_decoded_alone(make_cache, name) -> None:
     codec.decode(rows, whole, slots)
     parts = make_cache("cpu_vec", block_size=32, seed=9)
     for part in (slice(30, 40), slice(0, 13), slice(13, 30)):
-        codec.decode([r[part] for r in rows], parts, slots[part])
+        codec.decode([r[part] for r in rows], parts, slots[part], part.start)
     assert torch.equal(all_values(parts, slots), all_values(whole, slots))
 
 
