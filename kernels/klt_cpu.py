@@ -16,7 +16,7 @@ import numpy as np
 from lynx_kernels import hadamard, klt
 from lynx_kernels.hadamard import hadamard_tables
 from lynx_kernels.hadamard_cpu import butterflies, lane_scales
-from lynx_kernels.klt import KltCode
+from lynx_kernels.klt import MAX_WIDTH, KltCode
 from lynx_kernels.paged import PagedKVCache
 from lynx_kernels.tile_cpu import (
     CHUNK,
@@ -51,8 +51,9 @@ class KltLayers:
     """A `KltCode` as the kernels read it, layer first.
 
     analysis, synthesis: float32 [L, H, D, D], row i gives component or element i; mean: float32
-    [L, 2H, D]; unit: float32 [L, H]; span, inverse_span: float32 [L, H, D], 2^total and its
-    reciprocal; upper, lower: uint8 [L, 2H, D], bits in anchor and residual.
+    [L, 2H, D * LANES], each value for all lanes, as all that is added to or multiplied with a tile;
+    unit: float32 [L, H]; span, inverse_span: float32 [L, H, D * LANES], 2^total and its reciprocal;
+    upper, lower: uint8 [L, 2H, D], bits in anchor and residual.
     """
 
     code: KltCode
@@ -74,10 +75,10 @@ class KltLayers:
             code,
             np.ascontiguousarray(code.analysis),
             np.ascontiguousarray(code.basis.swapaxes(-1, -2)),
-            np.stack((code.k_mean, code.v_mean), axis=1).reshape(vectors),
+            _for_lanes(np.stack((code.k_mean, code.v_mean), axis=1).reshape(vectors)),
             np.ascontiguousarray(code.k_unit),
-            span,
-            np.float32(1) / span,
+            _for_lanes(span),
+            _for_lanes(np.float32(1) / span),
             code.anchor.astype(np.uint8).reshape(vectors),
             code.lower.astype(np.uint8).reshape(vectors),
         )
@@ -168,12 +169,20 @@ def compile_kernels(itemsize: int) -> None:
     _decoder(itemsize)
 
 
+def _for_lanes(table: NDArray[np.float32]) -> NDArray[np.float32]:
+    return np.repeat(table, LANES, axis=-1)
+
+
 def _cos_sin(
     code: KltCode, first: int, tokens: int
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Padded, so that the lanes of the last tile all have an angle."""
-    cos, sin = code.rotation.cos_sin(first, tokens + LANES)
-    return np.ascontiguousarray(cos), np.ascontiguousarray(sin)
+    """Tile by tile: float32 [tiles, pairs * LANES] each; the lanes of the last tile are filled."""
+    tiles = -(-tokens // LANES)
+    cos, sin = (
+        np.ascontiguousarray(table.reshape(-1, tiles, LANES).swapaxes(0, 1)).reshape(tiles, -1)
+        for table in code.rotation.cos_sin(first, tiles * LANES)
+    )
+    return cos, sin
 
 
 def _table(kind: types.Type, dimensions: int) -> types.Array:
@@ -247,7 +256,9 @@ def _encode(
     bits = tile.view(uint32)
     work = np.empty(head_dim * LANES, np.float32)
     code = np.empty(head_dim * LANES, uint32)
-    words = np.empty(LANES * 16 * ((head_dim + 31) // 32), uint32)
+    words = np.zeros(LANES * (head_dim * MAX_WIDTH // 32 + 1), uint32)
+    packed = words.view(uint8)
+    held = np.empty(LANES, uint64)
     page = np.empty(LANES, np.int64)
     offset = np.empty(LANES, np.int64)
     factor = np.empty(CHUNK, np.float32)
@@ -272,14 +283,10 @@ def _encode(
                 )
                 load_tile(flat, kind, index, page, offset, lanes, bits)
                 if is_key:
-                    _turn(tile, cos, sin, first, is_neox, np.float32(-1))
+                    _turn(tile, cos[first // LANES], sin[first // LANES], is_neox, np.float32(-1))
                     _add(tile, mean[vector], np.float32(-1))
                     _multiply(analysis[head], tile, work)
-                    for d in range(head_dim):
-                        share = inverse_span[head, d]
-                        for w in range(LANES):
-                            i = uint64(d * LANES + w)
-                            tile[i] = work[i] * share
+                    _scaled(work, inverse_span[head], tile)
                     largest_magnitudes(bits, maximum)
                     _key_scales(maximum, scale_inverse, factor, scales)
                     _key_codes(work, factor, span[head], code)
@@ -288,12 +295,12 @@ def _encode(
                     butterflies(tile, transform)
                     lane_scales(bits, norm, to_grid, maximum, factor, scales)
                     _value_codes(tile, factor, code9_of_grid, code)
-                _pack(code, upper[vector], lower[vector], words)
-                _put(words, anchor, first, lanes, column * anchor_bytes, anchor_bytes)
+                _pack(code, upper[vector], lower[vector], held, words)
+                _put(packed, anchor, first, lanes, column * anchor_bytes, anchor_bytes)
                 for w in range(lanes):
                     anchor[first + w, uint64(scale_column + column)] = scales[w]
-                _pack(code, lower[vector], np.zeros_like(lower[vector]), words)
-                _put(words, residual, first, lanes, rest_column, rest_bytes)
+                _pack(code, lower[vector], None, held, words)
+                _put(packed, residual, first, lanes, rest_column, rest_bytes)
 
 
 def _decode(
@@ -335,10 +342,12 @@ def _decode(
     work = np.empty(head_dim * LANES, np.float32)
     code = np.empty(head_dim * LANES, uint32)
     rest = np.empty(head_dim * LANES, uint32)
-    words = np.zeros(LANES * 16 * ((head_dim + 31) // 32), uint32)
+    words = np.zeros(LANES * (head_dim * MAX_WIDTH // 32 + 1), uint32)
+    packed = words.view(uint8)
+    held = np.empty(LANES, uint64)
     page = np.empty(LANES, np.int64)
     offset = np.empty(LANES, np.int64)
-    factor = np.zeros(LANES, np.float32)
+    factor = np.zeros(CHUNK, np.float32)
     scale_column = num_layers * 2 * num_heads * anchor_bytes
     layer_column = layer * num_heads * (k_bytes + v_bytes)
     for run in range(0, slots.size, RUN):
@@ -356,35 +365,27 @@ def _decode(
                 locate(
                     slots, first, lanes, block_size, stride_block, head * stride_head, page, offset
                 )
-                _get(words, anchor, first, lanes, column * anchor_bytes, anchor_bytes)
-                _unpack(words, upper[vector], code)
+                _get(packed, anchor, first, lanes, column * anchor_bytes, anchor_bytes)
+                _unpack(words, upper[vector], held, code)
                 if refined:
-                    _get(words, residual, first, lanes, rest_column, rest_bytes)
-                    _unpack(words, lower[vector], rest)
-                    for d in range(head_dim):
-                        shift = uint32(lower[vector, d])
-                        for w in range(LANES):
-                            i = uint64(d * LANES + w)
-                            code[i] = (code[i] << shift) | rest[i]
+                    _get(packed, residual, first, lanes, rest_column, rest_bytes)
+                    _unpack(words, lower[vector], held, rest)
+                    _join(code, lower[vector], rest, held.size)
                 for w in range(lanes):
                     scale = anchor[first + w, uint64(scale_column + column)]
                     if is_key:
                         factor[w] = unit[head] * scale_value[scale]
                     else:
                         factor[w] = to_raw[scale]
+                    for row in range(1, CHUNK // LANES):
+                        factor[uint64(row * LANES + w)] = factor[w]
                 if is_key:
-                    for d in range(head_dim):
-                        lost = uint32(0) if refined else uint32(lower[vector, d])
-                        for w in range(LANES):
-                            i = uint64(d * LANES + w)
-                            middle = ((code[i] << uint32(1)) | uint32(1)) << lost
-                            work[i] = np.float32(np.int32(middle)) - span[head, d]
+                    if not refined:
+                        _to_middles(code, lower[vector], held.size)
+                    _levels(code, refined, span[head], work)
                     _multiply(synthesis[head], work, tile)
-                    for d in range(head_dim):
-                        for w in range(LANES):
-                            i = uint64(d * LANES + w)
-                            tile[i] = tile[i] * factor[w] + mean[vector, d]
-                    _turn(tile, cos, sin, first, is_neox, np.float32(1))
+                    _spread(tile, factor, mean[vector])
+                    _turn(tile, cos[first // LANES], sin[first // LANES], is_neox, np.float32(1))
                 else:
                     for d in range(0, head_dim, 2):
                         for w in range(LANES):
@@ -398,29 +399,80 @@ def _decode(
 
 
 @numba.njit(error_model="numpy")
-def _turn(tile, cos, sin, first, is_neox, sign):
-    """Rotate the pairs of every lane by the angles of tokens `first` and up, or back."""
-    pairs = cos.shape[0]
-    for pair in range(pairs):
-        one = pair if is_neox else 2 * pair
-        two = pair + pairs if is_neox else 2 * pair + 1
-        for w in range(LANES):
-            i = uint64(one * LANES + w)
-            j = uint64(two * LANES + w)
-            c = cos[pair, uint64(first + w)]
-            s = sin[pair, uint64(first + w)] * sign
-            a, b = tile[i], tile[j]
-            tile[i] = a * c - b * s
-            tile[j] = b * c + a * s
+def _turn(tile, cos, sin, is_neox, sign):
+    """Rotate the pairs of every lane, or rotate them back; cos, sin: float32 [pairs * LANES]."""
+    size = cos.size
+    if is_neox:
+        one, two = tile[:size], tile[size : 2 * size]
+        for i in range(size):
+            a, b = one[i], two[i]
+            s = sin[i] * sign
+            one[i] = a * cos[i] - b * s
+            two[i] = b * cos[i] + a * s
+    else:
+        for pair in range(size // LANES):
+            for w in range(LANES):
+                at = uint64(2 * pair * LANES + w)
+                j = uint64(at + uint64(LANES))
+                c, s = cos[uint64(pair * LANES + w)], sin[uint64(pair * LANES + w)] * sign
+                a, b = tile[at], tile[j]
+                tile[at] = a * c - b * s
+                tile[j] = b * c + a * s
+
+
+# Loops over whole tiles, which the compiler turns into SIMD; of LANES steps it makes single ones.
 
 
 @numba.njit(error_model="numpy")
 def _add(tile, mean, sign):
-    for d in range(mean.size):
-        value = mean[d] * sign
-        for w in range(LANES):
-            i = uint64(d * LANES + w)
-            tile[i] = tile[i] + value
+    for i in range(tile.size):
+        tile[i] = tile[i] + mean[i] * sign
+
+
+@numba.njit(error_model="numpy")
+def _scaled(x, factor, y):
+    for i in range(y.size):
+        y[i] = x[i] * factor[i]
+
+
+@numba.njit(error_model="numpy")
+def _join(code, shift, rest, lanes):
+    """Codes from their upper and lower bits."""
+    for d in range(shift.size):
+        up = uint32(shift[d])
+        for w in range(lanes):
+            at = uint64(d * lanes + w)
+            code[at] = (code[at] << up) | rest[at]
+
+
+@numba.njit(error_model="numpy")
+def _to_middles(code, lost, lanes):
+    """Twice the middle of the cell that codes without their lowest bits leave."""
+    for d in range(lost.size):
+        up = uint32(lost[d])
+        for w in range(lanes):
+            at = uint64(d * lanes + w)
+            code[at] = ((code[at] << uint32(1)) | uint32(1)) << up
+
+
+@numba.njit(error_model="numpy")
+def _levels(code, refined, span, level):
+    """Levels of K: of whole codes if refined, else of what already is twice a cell's middle."""
+    if refined:
+        for i in range(level.size):
+            level[i] = np.float32(np.int32((code[i] << uint32(1)) | uint32(1))) - span[i]
+    else:
+        for i in range(level.size):
+            level[i] = np.float32(np.int32(code[i])) - span[i]
+
+
+@numba.njit(error_model="numpy")
+def _spread(tile, factor, mean):
+    """Scale and mean of K, each rounded."""
+    for start in range(0, tile.size, CHUNK):
+        for i in range(CHUNK):
+            at = uint64(start + i)
+            tile[at] = tile[at] * factor[i] + mean[at]
 
 
 @numba.njit(error_model="numpy", fastmath={"contract", "reassoc"})
@@ -485,20 +537,21 @@ def _key_scales(maximum, scale_inverse, factor, scales):
         if largest < _TINY:
             code = _ZERO
         scales[w] = code
-        factor[w] = scale_inverse[uint8(code)]
+        for row in range(CHUNK // LANES):
+            factor[row * LANES + w] = scale_inverse[uint8(code)]
 
 
 @numba.njit(error_model="numpy")
 def _key_codes(work, factor, span, code):
-    for d in range(span.size):
-        reach = span[d]
-        for w in range(LANES):
-            i = uint64(d * LANES + w)
-            place = (work[i] * factor[w] + reach) * np.float32(0.5)
+    for start in range(0, work.size, CHUNK):
+        for i in range(CHUNK):
+            at = uint64(start + i)
+            reach = span[at]
+            place = (work[at] * factor[i] + reach) * np.float32(0.5)
             # Written so that NaN becomes 0.
             place = place if place > np.float32(0) else np.float32(0)
             place = place if place < reach - np.float32(1) else reach - np.float32(1)
-            code[i] = uint32(np.int32(place))
+            code[at] = uint32(np.int32(place))
 
 
 @numba.njit(error_model="numpy")
@@ -511,92 +564,82 @@ def _value_codes(tile, factor, code9_of_grid, code):
             code[uint64(start + i)] = uint32(np.int32(place))
     for d in range(0, tile.size // LANES, 2):
         for w in range(LANES):
-            i = uint64(d * LANES + w)
-            j = uint64(i + uint64(LANES))
-            code[i] = uint32(code9_of_grid[code[i]])
-            code[j] = uint32(code9_of_grid[code[j]]) >> uint32(1)
+            even = uint64(d * LANES + w)
+            odd = uint64(even + uint64(LANES))
+            code[even] = code9_of_grid[code[even]]
+            code[odd] = code9_of_grid[code[odd]] >> uint32(1)
 
 
 @numba.njit(error_model="numpy")
-def _pack(code, width, shift, words):
-    """Bits [shift, shift + width) of every code, one string of words a lane, word-major."""
-    held = np.zeros(LANES, uint64)
+def _pack(code, width, shift, held, words):
+    """Bits [shift, shift + width) of every code, as a string of words a lane.
+
+    shift: None for zeros; held: scratch, uint64 [LANES]; words: uint32, lane-major.
+    """
+    pitch = words.size // LANES
+    lanes = held.size  # not a constant: the compiler then makes a SIMD loop, not single steps
+    held[:] = uint64(0)
     count = 0
     word = 0
     for d in range(width.size):
         bits = int(width[d])
         mask = uint32((1 << bits) - 1)
-        down = uint32(shift[d])
+        down = uint32(0) if shift is None else uint32(shift[d])
         up = uint64(count)
-        for w in range(LANES):
-            field = (code[uint64(d * LANES + w)] >> down) & mask
+        for w in range(lanes):
+            field = (code[uint64(d * lanes + w)] >> down) & mask
             held[w] |= uint64(field) << up
         count += bits
         if count >= 32:
-            for w in range(LANES):
-                words[uint64(word * LANES + w)] = uint32(held[w] & uint64(0xFFFFFFFF))
+            for w in range(lanes):
+                words[uint64(w * pitch + word)] = uint32(held[w] & uint64(0xFFFFFFFF))
                 held[w] >>= uint64(32)
             word += 1
             count -= 32
     if count:
-        for w in range(LANES):
-            words[uint64(word * LANES + w)] = uint32(held[w] & uint64(0xFFFFFFFF))
+        for w in range(lanes):
+            words[uint64(w * pitch + word)] = uint32(held[w] & uint64(0xFFFFFFFF))
 
 
 @numba.njit(error_model="numpy")
-def _unpack(words, width, code):
+def _unpack(words, width, held, code):
     """Inverse of `_pack` with the fields moved down to bit 0."""
-    held = np.zeros(LANES, uint64)
+    pitch = words.size // LANES
+    lanes = held.size  # not a constant: the compiler then makes a SIMD loop, not single steps
+    held[:] = uint64(0)
     count = 0
     word = 0
     for d in range(width.size):
         bits = int(width[d])
         if count < bits:
             up = uint64(count)
-            for w in range(LANES):
-                held[w] |= uint64(words[uint64(word * LANES + w)]) << up
+            for w in range(lanes):
+                held[w] |= uint64(words[uint64(w * pitch + word)]) << up
             word += 1
             count += 32
         mask = uint64((1 << bits) - 1)
         down = uint64(bits)
-        for w in range(LANES):
-            code[uint64(d * LANES + w)] = uint32(held[w] & mask)
+        for w in range(lanes):
+            code[uint64(d * lanes + w)] = uint32(held[w] & mask)
             held[w] >>= down
         count -= bits
 
 
 @numba.njit(error_model="numpy")
-def _put(words, rows, first, lanes, column, count):
-    """Words to bytes [column, column + count) of the rows, little-endian."""
+def _put(packed, rows, first, lanes, column, count):
+    """Bytes of the lanes' words (little-endian) to [column, column + count) of the rows."""
+    pitch = packed.size // LANES
     for w in range(lanes):
         row = rows[first + w]
-        for k in range(count // 4):
-            word = words[uint64(k * LANES + w)]
-            at = column + 4 * k
-            row[uint64(at)] = uint8(word & uint32(0xFF))
-            row[uint64(at + 1)] = uint8((word >> uint32(8)) & uint32(0xFF))
-            row[uint64(at + 2)] = uint8((word >> uint32(16)) & uint32(0xFF))
-            row[uint64(at + 3)] = uint8(word >> uint32(24))
-        for k in range(count // 4 * 4, count):
-            word = words[uint64(k // 4 * LANES + w)]
-            row[uint64(column + k)] = uint8((word >> uint32(8 * (k % 4))) & uint32(0xFF))
+        for k in range(count):
+            row[uint64(column + k)] = packed[uint64(w * pitch + k)]
 
 
 @numba.njit(error_model="numpy")
-def _get(words, rows, first, lanes, column, count):
-    """Inverse of `_put`; bytes behind the last are zeros."""
+def _get(packed, rows, first, lanes, column, count):
+    """Inverse of `_put`. What lies behind the last byte is never looked at: widths add up."""
+    pitch = packed.size // LANES
     for w in range(lanes):
         row = rows[first + w]
-        for k in range(count // 4):
-            at = column + 4 * k
-            words[uint64(k * LANES + w)] = (
-                uint32(row[uint64(at)])
-                | (uint32(row[uint64(at + 1)]) << uint32(8))
-                | (uint32(row[uint64(at + 2)]) << uint32(16))
-                | (uint32(row[uint64(at + 3)]) << uint32(24))
-            )
-        if count % 4:
-            word = uint32(0)
-            for k in range(count // 4 * 4, count):
-                word |= uint32(row[uint64(column + k)]) << uint32(8 * (k % 4))
-            words[uint64(count // 4 * LANES + w)] = word
+        for k in range(count):
+            packed[uint64(w * pitch + k)] = row[uint64(column + k)]

@@ -2,8 +2,9 @@
 """One running prefill/decode pair with a router for the whole session, and what tests ask of it.
 
 The pair uses `klt`, the default, with tables learned before the first test, so that every request
-of a test has the same; `test_tables.py` watches pairs of its own learn. The sender is limited to LINK_MBIT, so that every transfer leaves time to draft. The decode instance recomputes
-what it cannot load; a second one, started where a test needs it, fails such requests.
+of a test has the same; `test_tables.py` watches pairs of its own learn. The sender is limited to
+LINK_MBIT, so that every transfer leaves time to draft. The decode instance recomputes what it
+cannot load; a second one, started where a test needs it, fails such requests.
 """
 
 import pytest

@@ -10,7 +10,7 @@ from lynx_connector.errors import ConfigError
 
 def test_defaults_are_valid():
     config = LynxConfig.from_extra_config({})
-    assert (config.codec, config.start, config.draft_limit) == ("hadamard", StartMode.AUTO, 64)
+    assert (config.codec, config.start, config.draft_limit) == ("klt", StartMode.AUTO, 64)
     assert config.secret() is None
 
 
