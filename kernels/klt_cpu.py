@@ -177,9 +177,11 @@ def _cos_sin(
     code: KltCode, first: int, tokens: int
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Tile by tile: float32 [tiles, pairs * LANES] each; the lanes of the last tile are filled."""
-    tiles = -(-tokens // LANES)
+    tiles, pairs = -(-tokens // LANES), code.rotation.pairs
     cos, sin = (
-        np.ascontiguousarray(table.reshape(-1, tiles, LANES).swapaxes(0, 1)).reshape(tiles, -1)
+        np.ascontiguousarray(table.reshape(pairs, tiles, LANES).swapaxes(0, 1)).reshape(
+            tiles, pairs * LANES
+        )
         for table in code.rotation.cos_sin(first, tiles * LANES)
     )
     return cos, sin
