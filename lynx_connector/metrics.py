@@ -160,7 +160,13 @@ def _catalogue() -> Iterator[Metric]:
     yield gauge("staging_limit_bytes", "Host memory that encoded tiers may take.")
     yield gauge("open_transfers", "Transfers staged (producer) or under way (consumer).")
     yield gauge("connections", "Connections to other instances.")
-    yield gauge("link_mbit", "Measured rate of the link in Mbit/s; 0: not known yet.")
+    yield Metric(
+        "link_mbit",
+        Kind.GAUGE,
+        "Measured rate of the link in Mbit/s; 0: not known yet.",
+        (PRODUCER,),
+        {"role": (PRODUCER,), "rank": ()},
+    )
 
 
 CATALOGUE: dict[str, Metric] = {metric.name: metric for metric in _catalogue()}
@@ -269,7 +275,7 @@ def _written(meter: Meter, role: str, fields: Mapping[str, Any]) -> None:
 
 
 _COUNTED: dict[str, Callable[[Meter, str, Mapping[str, Any]], None]] = {
-    "planned": lambda meter, _, fields: meter.add("plans", 1, fields["plan"]),
+    "plan": lambda meter, _, fields: meter.add("plans", 1, fields["plan"]),
     "prefill_ended": _prefill_ended,
     "chunk_encoded": _chunk_encoded,
     "frame_sent": _frame_sent,

@@ -142,7 +142,7 @@ class ProducerScheduler:
             return
         if prefill.plan is None:
             prefill.plan = self._choose()
-            self._events("planned", request_id, prefill.transfer_id, plan=prefill.plan.label)
+            self._events("plan", request_id, prefill.transfer_id, plan=prefill.plan.label)
         first_block, last_block = start // self._block_size, -(-end // self._block_size)
         metadata.encode.append(
             EncodeChunk(

@@ -8,20 +8,21 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from lynx_connector.metrics import CATALOGUE, CONSUMER, PRODUCER, TIERS, Kind
+from lynx_connector.protocol import PROTOCOL_VERSION
 from lynx_connector.trace import read_events, to_chrome
 
 from .pair import post, prompt, tokens
 
 
 def scrape(url):
-    """Samples of Lynx by (name, label values apart from vLLM's own)."""
+    """Samples of Lynx by (name, values of its own labels in their names' order)."""
     text = httpx.get(url + "/metrics", timeout=30, trust_env=False).text
     found = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
             if sample.name.startswith("vllm:lynx_"):
                 own = {"model_name", "engine"}
-                labels = tuple(v for k, v in sample.labels.items() if k not in own)
+                labels = tuple(v for k, v in sorted(sample.labels.items()) if k not in own)
                 found[sample.name.removeprefix("vllm:lynx_"), *labels] = sample.value
     return found
 
@@ -89,9 +90,9 @@ def test_sums_of_both_sides_agree(pair):
     assert received["verifications_total", verified["how"]] == 1
     assert received["drafting_seconds_sum",] > 0
     for role, side in delta.now.items():
-        assert side["staging_used_bytes", role, "0"] == side["open_transfers", role, "0"] == 0
-        assert side["staging_limit_bytes", role, "0"] > 0
-        assert side["connections", role, "0"] >= 1
+        assert side["staging_used_bytes", "0", role] == side["open_transfers", "0", role] == 0
+        assert side["staging_limit_bytes", "0", role] > 0
+        assert side["connections", "0", role] >= 1
         failures = {key: n for key, n in taken[role].items() if key[0] == "failures_total" and n}
         assert not failures
 
@@ -104,9 +105,9 @@ def test_a_failure_is_counted_under_its_cause(pair):
     pair.completion(text, kv_transfer_params=params, max_tokens=2)
     pair.forget()
     taken = delta.take()[CONSUMER]
-    assert taken["failures_total", CONSUMER, "incompatible"] == 1
+    assert taken["failures_total", "incompatible", CONSUMER] == 1
     assert taken["requests_total", "recompute"] == 1
-    params["lynx"]["version"] = 2  # so that what is staged is fetched and released
+    params["lynx"]["version"] = PROTOCOL_VERSION  # so that what is staged is fetched and released
     pair.completion(prompt(701), kv_transfer_params=params, max_tokens=1)
     pair.forget()
 
