@@ -175,6 +175,20 @@ def test_ranks_add_up_and_gauges_keep_their_rank():
     assert LynxStats.take(Meter()) is None
 
 
+def test_vllm_adds_up_the_ranks():
+    from vllm.distributed.kv_transfer.kv_connector.utils import KVOutputAggregator
+    from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
+
+    def output(one):
+        return ModelRunnerOutput.with_kv_conn_output_only(
+            KVConnectorOutput(finished_recving={"r"}, kv_connector_stats=one)
+        )
+
+    ranks = [None, stats(sent_bytes={"anchor": 2}), stats(sent_bytes={"anchor": 3})]
+    total = KVOutputAggregator(3).aggregate([output(one) for one in ranks])
+    assert total.kv_connector_output.kv_connector_stats.to_dict() == {"sent_bytes": {"anchor": 5}}
+
+
 counts = st.dictionaries(st.sampled_from(TIERS), st.integers(0, 1 << 40))
 
 
