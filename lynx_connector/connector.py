@@ -17,7 +17,9 @@ from lynx_connector.compat import (
     KVConnectorBase_V1,
     KVConnectorHandshakeMetadata,
     KVConnectorMetadata,
+    KVConnectorPromMetrics,
     KVConnectorRole,
+    KVConnectorStats,
     KVConnectorTransferResults,
     KVConnectorWorkerMetadata,
 )
@@ -25,8 +27,10 @@ from lynx_connector.config import LynxConfig
 from lynx_connector.consumer.scheduler import ConsumerScheduler
 from lynx_connector.events import EventLog
 from lynx_connector.metadata import LynxHandshakeMetadata, LynxMetadata, LynxWorkerMetadata
+from lynx_connector.metrics import CONSUMER, PRODUCER, Meter
 from lynx_connector.producer.scheduler import ProducerScheduler
 from lynx_connector.scheduler.port import SpeculationPort
+from lynx_connector.stats import LynxPromMetrics, LynxStats
 
 if TYPE_CHECKING:
     import torch
@@ -60,9 +64,14 @@ class LynxConnector(KVConnectorBase_V1):
         compat.check_supported(vllm_config, kv_cache_config)
         self._speculative = compat.resolve_start(self._config, vllm_config)
         self._block_size = vllm_config.cache_config.block_size
+        self._meter = Meter()
         self._events = EventLog(
-            self._config.events_file, "producer" if transfer.is_kv_producer else "consumer"
+            self._config.events_file,
+            PRODUCER if transfer.is_kv_producer else CONSUMER,
+            self._meter,
+            transfer.engine_id,
         )
+        self._consumer_events = self._events.for_consumer()
         self._producer: ProducerScheduler | None = None
         self._consumer: ConsumerScheduler | None = None
         self._producer_worker: ProducerWorker | None = None
@@ -92,7 +101,7 @@ class LynxConnector(KVConnectorBase_V1):
                 transfer.kv_load_failure_policy == "recompute",
                 tp_size,
                 self._block_size,
-                self._events,
+                self._consumer_events,
             )
             logger.info(
                 "lynx: decode requests start %s; on a failed transfer: %s",
@@ -210,7 +219,9 @@ class LynxConnector(KVConnectorBase_V1):
         if transfer.is_kv_consumer:
             if self._speculative:
                 compat.warm_up_verification(vllm_config, cache.device)
-            self._consumer_worker = ConsumerWorker(context)
+            self._consumer_worker = ConsumerWorker(
+                dataclasses.replace(context, events=self._consumer_events)
+            )
 
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
         worker = self._producer_worker
@@ -255,9 +266,33 @@ class LynxConnector(KVConnectorBase_V1):
             report.tables = self._producer_worker.take_report()
         return report if report else None
 
+    def get_kv_connector_stats(self) -> KVConnectorStats | None:
+        for role, worker in ((PRODUCER, self._producer_worker), (CONSUMER, self._consumer_worker)):
+            if worker is not None:
+                for name, value in worker.gauges().items():
+                    self._meter.set(name, value, role, str(worker.rank))
+        return LynxStats.take(self._meter)
+
+    # ---- front end ----------------------------------------------------------------------------
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVConnectorStats:
+        return LynxStats(data=data or {})
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: "VllmConfig",
+        metric_types: dict[type, type],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> KVConnectorPromMetrics:
+        return LynxPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
     def shutdown(self) -> None:
         if self._producer_worker:
             self._producer_worker.stop()
         if self._consumer_worker or self._producer_worker:
             self._loop.stop()
         self._events.close()
+        self._consumer_events.close()

@@ -21,6 +21,11 @@ class EncodePlan:
     final_tier: str
     tables: tuple[str, ...] = ()
 
+    @property
+    def label(self) -> str:
+        """For metrics and logs, e.g. `klt 4 exact`: codec, anchor bits, final tier."""
+        return f"{self.codec} {self.anchor_bits} {self.final_tier}"
+
 
 @dataclass(frozen=True)
 class EncodeChunk:

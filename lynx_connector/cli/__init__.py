@@ -112,6 +112,24 @@ def calibrate(
     run(target, [*text, *(more_texts or [])], tokens)
 
 
+@app.command()
+def trace(
+    events: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="EVENTS_FILE...", help="events_file of prefill and decode instances."
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where the trace is written.")] = Path(
+        "trace.json"
+    ),
+) -> None:
+    """Timelines of all requests, for https://ui.perfetto.dev or chrome://tracing."""
+    from lynx_connector.cli.run_trace import run
+
+    run(events, out)
+
+
 @bench_app.command("codec")
 def bench_codec(
     model: Annotated[Path, typer.Option(help="Model folder.")],

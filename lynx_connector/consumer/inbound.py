@@ -66,6 +66,8 @@ class InboundTransfer:
         self.started = time.monotonic()
         self.wire_bytes = dict.fromkeys(buffers.tiers, 0)
         self.written = dict.fromkeys(buffers.tiers, 0)
+        self.tier_seconds: dict[Tier, float] = {}
+        """From the start of the fetch until the whole tier was here."""
         self.anchor_reported = False
         self._expected = {tier: self._frames_of(tier) for tier in buffers.tiers}
         self._landed: deque[LandedRows] = deque()
@@ -162,6 +164,8 @@ class InboundTransfer:
         if tokens.end == piece.tokens.end:
             queue.popleft()
         with self._lock:
+            if not queue:
+                self.tier_seconds[tier] = time.monotonic() - self.started
             self.wire_bytes[tier] += frame.num_bytes
             self._landed.append(LandedRows(piece, tier, tokens, exact))
         return not any(self._expected.values())
@@ -214,10 +218,12 @@ class InboundTransfer:
     def statistics(self) -> dict:
         """Bytes on the wire per tier and seconds since the fetch."""
         with self._lock:
+            seconds = {tier.name.lower(): round(s, 4) for tier, s in self.tier_seconds.items()}
             wire = {tier.name.lower(): count for tier, count in self.wire_bytes.items()}
         return {
             "bytes": sum(wire.values()),
             "wire_bytes": wire,
+            "tier_seconds": seconds,
             "seconds": round(time.monotonic() - self.started, 4),
         }
 

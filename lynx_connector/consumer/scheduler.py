@@ -5,6 +5,7 @@ Pure Python; runs without torch. Implements `lynx_connector.scheduler.port.Specu
 """
 
 import logging
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,7 @@ class _Decode:
     ended: bool = False
     """No tokens are offered any more: loaded, failed, cancelled or not needed."""
     refined_ranks: int = 0
+    drafting_since: float | None = None
 
     @property
     def transfer_id(self) -> str | None:
@@ -149,6 +151,7 @@ class ConsumerScheduler:
             cause,
         )
         self._events("failed", request_id, decode.transfer_id, cause=cause, peer=_host(decode))
+        self._events("not_loaded", request_id, decode.transfer_id, start="recompute")
         self._finish_transfer(decode, "consumer recomputes: " + cause)
 
     def allocated(self, request: "Request", blocks: "KVCacheBlocks", num_external: int) -> None:
@@ -163,6 +166,7 @@ class ConsumerScheduler:
             return
         if num_external == 0:
             self._finish_transfer(decode, "nothing to load")
+            self._events("not_loaded", request_id, decode.transfer_id, start="local")
             return
         decode.ended = decode.allocated = True
         num_tokens = request.num_prompt_tokens
@@ -280,6 +284,12 @@ class ConsumerScheduler:
     def event(self, name: str, request_id: str, **fields: object) -> None:
         """Record a step of a request."""
         decode = self._decodes.get(request_id)
+        if decode is not None and name == "drafting":
+            decode.drafting_since = time.monotonic()
+        if name == "verify_started":
+            since = decode.drafting_since if decode else None
+            seconds = 0.0 if since is None else time.monotonic() - since
+            fields["drafting_seconds"] = round(seconds, 4)
         self._events(name, request_id, decode.transfer_id if decode else None, **fields)
 
 

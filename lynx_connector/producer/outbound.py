@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One tier of a staged transfer, cut into frames as it is sent."""
 
+import time
 from collections import deque
 from typing import NamedTuple
 
@@ -41,6 +42,7 @@ class TierStream:
         self.tier = tier
         self.order = order
         self.sent_bytes = 0
+        self.opened = time.monotonic()
         self._frame_bytes = frame_bytes
         self._coarser = coarser
         self._left: deque[Piece] = deque(
@@ -63,6 +65,11 @@ class TierStream:
         if self.tier is Tier.EXACT:
             return self._next < self._available
         return self._row_end() <= self._available
+
+    def waited(self, frame: OutboundFrame) -> float:
+        """Seconds since a frame could have been sent: asked for, and encoded."""
+        ready = max(self.opened, self.transfer.encoded_at(frame.tokens.end))
+        return time.monotonic() - ready
 
     @property
     def _available(self) -> int:

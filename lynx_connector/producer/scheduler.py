@@ -4,6 +4,7 @@
 Pure Python; runs without torch.
 """
 
+import time
 import uuid
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,7 @@ class _Prefill:
     """Whether the workers know the request, and so will report when its blocks are free."""
     plan: EncodePlan | None = None
     """Decided at the first chunk and kept through preemptions, whatever is learned meanwhile."""
+    arrived: float = field(default_factory=time.monotonic)
 
 
 class ProducerScheduler:
@@ -140,6 +142,7 @@ class ProducerScheduler:
             return
         if prefill.plan is None:
             prefill.plan = self._choose()
+            self._events("plan", request_id, prefill.transfer_id, plan=prefill.plan.label)
         first_block, last_block = start // self._block_size, -(-end // self._block_size)
         metadata.encode.append(
             EncodeChunk(
@@ -164,7 +167,16 @@ class ProducerScheduler:
         prefill = self._prefills.pop(request.request_id, None)
         if prefill is None:
             return False, None
-        if prefill.submitted < prefill.num_tokens or not _ended_normally(request):
+        complete = prefill.submitted >= prefill.num_tokens and _ended_normally(request)
+        self._events(
+            "prefill_ended",
+            request.request_id,
+            prefill.transfer_id,
+            outcome="complete" if complete else "dropped",
+            seconds=round(time.monotonic() - prefill.arrived, 4),
+            status=request.status.name,
+        )
+        if not complete:
             self._dropped.append(request.request_id)
             return prefill.opened, None
         plan = prefill.plan

@@ -32,6 +32,8 @@ class StagedTransfer:
         """What its codec was learned from; held until no consumer can ask for them any more."""
         self.num_bytes = buffers.num_bytes
         self.encoded = 0
+        self.ready_since: list[tuple[int, float]] = []
+        """(tokens encoded, time.monotonic() then), for how long frames wait to be sent."""
         self.dropped = False
         self.restarts = 0
         self._touched = time.monotonic()
@@ -39,7 +41,17 @@ class StagedTransfer:
     def restart(self) -> None:
         """The prefill starts over; what was encoded is not sent."""
         self.encoded = 0
+        self.ready_since.clear()
         self.buffers.forget_encoded()
+
+    def advance(self, encoded: int) -> None:
+        """Rows of tokens below `encoded` are final."""
+        self.ready_since.append((encoded, time.monotonic()))
+        self.encoded = encoded
+
+    def encoded_at(self, tokens: int) -> float:
+        """When the first `tokens` tokens were encoded (time.monotonic())."""
+        return next((at for encoded, at in self.ready_since if encoded >= tokens), 0.0)
 
     def touch(self) -> None:
         """Contact with a consumer: the lease starts anew."""
@@ -75,8 +87,7 @@ class StagingStore:
         """Take memory for a transfer; False (and a cause for the consumer) if there is no room."""
         with self._lock:
             if self.used_bytes + transfer.num_bytes > self._limit:
-                self._remember(transfer.transfer_id, self._full(transfer.num_bytes))
-                transfer.dropped = True
+                self._refuse(transfer, self._full(transfer.num_bytes))
                 return False
             self.used_bytes += transfer.num_bytes
             self._transfers[transfer.transfer_id] = transfer
@@ -86,8 +97,12 @@ class StagingStore:
     def refuse(self, transfer: StagedTransfer, cause: str) -> None:
         """Remember why a transfer cannot be staged at all."""
         with self._lock:
-            self._remember(transfer.transfer_id, cause)
-            transfer.dropped = True
+            self._refuse(transfer, cause)
+
+    def _refuse(self, transfer: StagedTransfer, cause: str) -> None:
+        self._remember(transfer.transfer_id, cause)
+        transfer.dropped = True
+        self._events("refused", transfer.request_id, transfer.transfer_id, cause=cause)
 
     def resize(self, transfer: StagedTransfer) -> bool:
         """Count what was encoded instead of what was estimated; False, and the transfer is

@@ -59,7 +59,7 @@ class ProducerWorker:
         self._block_size = context.block_size
         self._loop = context.loop
         self._events = context.events
-        self._rank = context.rank
+        self.rank = context.rank
         self._codecs = CodecCache(context.geometry)
         self._exact = self._codecs.get("bf16")
         learns = config.codec in TABLE_CODECS
@@ -135,7 +135,16 @@ class ProducerWorker:
     def take_report(self) -> dict[int, str]:
         """This rank's newest digest, if it is new; else empty."""
         digest = self._tables.take_report()
-        return {} if digest is None else {self._rank: digest}
+        return {} if digest is None else {self.rank: digest}
+
+    def gauges(self) -> dict[str, float]:
+        """Metrics that show how things are now."""
+        return {
+            "staging_used_bytes": self._store.used_bytes,
+            "staging_limit_bytes": int(self._config.staging_bytes),
+            "open_transfers": len(self._store),
+            "connections": self._server.num_sessions,
+        }
 
     # ---- called by the connector within a step ------------------------------------------
 
@@ -182,7 +191,7 @@ class ProducerWorker:
     def _open(self, chunk: EncodeChunk) -> StagedTransfer:
         plan = chunk.plan
         cause = None
-        tables = self.find(plan.tables[self._rank]) if plan.tables else None
+        tables = self.find(plan.tables[self.rank]) if plan.tables else None
         try:
             codec = self._codecs.get(plan.codec, plan.anchor_bits, tables)
         except CodecError as error:
@@ -248,13 +257,14 @@ class ProducerWorker:
             self._log_full(transfer)
             return
         transfer.touch()
-        transfer.encoded = job.tokens.end
+        transfer.advance(job.tokens.end)
         self._loop.post(self._server.notify)
         self._events(
             "chunk_encoded",
             transfer.request_id,
             transfer.transfer_id,
             tokens_done=job.tokens.end,
+            tokens=len(job.tokens),
             seconds=round(time.monotonic() - began, 4),
         )
         if self._learning is not None and self._learning.active:

@@ -220,6 +220,7 @@ class SpeculativeStartMixin(_Base):
             request_id,
             drafted=drafted,
             accepted=accepted,
+            how=str(state.how),
             steps=state.steps,
             ms=round(ms, 3),
             rejected_token=None if state.how is VerifyPath.REWIND else state.rejected_token,

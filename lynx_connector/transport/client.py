@@ -11,6 +11,7 @@ import numpy as np
 
 from lynx_connector import protocol
 from lynx_connector.errors import LynxError, ProtocolError, TransferError
+from lynx_connector.events import SILENT, EventLog
 from lynx_connector.transport.connection import Connection, checksum
 from lynx_connector.transport.handshake import Identity, greet
 from lynx_connector.transport.tables import TablesSink, WantedTables
@@ -67,8 +68,15 @@ async def connect(address: Address, identity: Identity) -> tuple[Connection, pro
 class TierClient:
     """Fetches transfers and the tables they need. All methods run in the transport loop."""
 
-    def __init__(self, identity: Identity, timeout_seconds: float, tables: TablesSink):
+    def __init__(
+        self,
+        identity: Identity,
+        timeout_seconds: float,
+        tables: TablesSink,
+        events: EventLog = SILENT,
+    ):
         self._identity = identity
+        self._events = events
         self._tables = tables
         self._timeout = timeout_seconds
         self._peers: dict[Address, _Peer] = {}
@@ -103,7 +111,7 @@ class TierClient:
     def _peer(self, address: Address) -> "_Peer":
         peer = self._peers.get(address)
         if peer is None or peer.lost:
-            peer = _Peer(address, self._identity, self._timeout, self._tables)
+            peer = _Peer(address, self._identity, self._timeout, self._tables, self._events)
             self._peers[address] = peer
             self._spawn(self._run(peer))
         return peer
@@ -135,9 +143,15 @@ class _Peer:
     """One connection and the sinks of the transfers that come over it."""
 
     def __init__(
-        self, address: Address, identity: Identity, timeout_seconds: float, tables: TablesSink
+        self,
+        address: Address,
+        identity: Identity,
+        timeout_seconds: float,
+        tables: TablesSink,
+        events: EventLog,
     ):
         self.address = address
+        self._events = events
         self.sinks: dict[str, Sink] = {}
         self.lost = False
         self._identity = identity
@@ -217,11 +231,22 @@ class _Peer:
                 buffer = sink.buffer(frame)
             except TransferError as error:
                 self._give_up(connection, sink, f"{self._name}: {error}")
+        wanted = buffer is not None
         if buffer is None:  # cancelled or refused: the bytes are on their way all the same
-            await connection.receive_payload(frame, np.empty(frame.num_bytes, np.uint8))
+            buffer = np.empty(frame.num_bytes, np.uint8)
+        await connection.receive_payload(frame, buffer)
+        self._events(
+            "frame_received",
+            None,
+            frame.transfer_id,
+            tier=protocol.tier_name(frame.tier),
+            bytes=frame.num_bytes,
+            tokens_done=frame.first_token + frame.num_tokens,
+            wanted=wanted,
+        )
+        if not wanted:
             return
         assert sink is not None
-        await connection.receive_payload(frame, buffer)
         if checksum(buffer) != frame.checksum:
             self._give_up(
                 connection,

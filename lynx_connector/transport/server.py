@@ -4,6 +4,7 @@
 import asyncio
 import itertools
 import logging
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import Protocol
@@ -14,7 +15,7 @@ from lynx_connector import protocol
 from lynx_connector.codec import KltTables
 from lynx_connector.errors import ProtocolError, TransferError
 from lynx_connector.events import EventLog
-from lynx_connector.producer.outbound import TierStream
+from lynx_connector.producer.outbound import OutboundFrame, TierStream
 from lynx_connector.producer.staging import StagedTransfer, StagingStore
 from lynx_connector.transport.connection import Connection, checksum
 from lynx_connector.transport.handshake import Identity, welcome
@@ -170,6 +171,13 @@ class _Session:
                 fetch.transfer_id,
                 error,
             )
+            self._server._events(
+                "fetch_refused",
+                None,
+                fetch.transfer_id,
+                peer=self._connection.peer,
+                cause=str(error),
+            )
             await self._connection.send(protocol.Failure(fetch.transfer_id, str(error)))
             return
         transfer.touch()
@@ -257,6 +265,7 @@ class _Session:
         if stream.finished:
             self._streams.remove(stream)
         await window.acquire()
+        waited, began = stream.waited(out), time.monotonic()
         await self._server._limiter.acquire(out.payload.nbytes)
         if stream.transfer.dropped:
             window.release()
@@ -275,6 +284,7 @@ class _Session:
         )
         send = asyncio.ensure_future(self._connection.send(frame, out.payload))
         send.add_done_callback(_freed(window))
+        send.add_done_callback(_count(stream, out, waited, began, self._server._events))
         if stream.finished:
             send.add_done_callback(_report(stream, self._server._events))
 
@@ -285,6 +295,25 @@ def _freed(window: asyncio.Semaphore) -> Callable[[asyncio.Future], None]:
         # A lost connection is reported by the reader; here it only must not go unretrieved.
         if not future.cancelled():
             future.exception()
+
+    return done
+
+
+def _count(
+    stream: TierStream, out: OutboundFrame, waited: float, began: float, events: EventLog
+) -> Callable[[asyncio.Future], None]:
+    def done(future: asyncio.Future) -> None:
+        if not future.cancelled() and future.exception() is None:
+            events(
+                "frame_sent",
+                stream.transfer.request_id,
+                stream.transfer.transfer_id,
+                tier=stream.tier.name.lower(),
+                bytes=out.payload.nbytes,
+                tokens_done=out.tokens.end,
+                queue_seconds=round(waited, 4),
+                seconds=round(time.monotonic() - began, 4),
+            )
 
     return done
 
