@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -62,7 +63,7 @@ def make_row(
         return round((token_times[number - 1] - zero) * 1000, 1)
 
     tail = token_times[-_TAIL_STEPS - 1 :]
-    step = statistics.median(late - early for early, late in zip(tail, tail[1:], strict=False))
+    step = statistics.median(late - early for early, late in itertools.pairwise(tail))
     return Row(
         mode,
         cell.link_mbit,
@@ -70,11 +71,15 @@ def make_row(
         cell.prefill,
         cell.concurrency,
         cell.repeat,
-        *(after(number) for number in (1, 8, 32, 64)),
-        round(step * 1000, 1),
-        *drafts,
-        wire_bytes,
-        round(cpu_s, 2),
+        ttft_ms=after(1),
+        tt8_ms=after(8),
+        tt32_ms=after(32),
+        tt64_ms=after(64),
+        decode_step_ms=round(step * 1000, 1),
+        drafted=drafts[0],
+        accepted=drafts[1],
+        wire_bytes=wire_bytes,
+        cpu_s=round(cpu_s, 2),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
@@ -46,7 +46,7 @@ class Options:
     """Folder or hub name; default: the demo's small one."""
     dtype: str = "bfloat16"
     modes: Sequence[str] = ()
-    block: Block = Block()
+    block: Block = field(default_factory=Block)
     quick: bool = False
     namespaces: bool = True
 
