@@ -15,7 +15,7 @@ from rich.console import Console
 
 from lynx_connector.bench.e2e.cells import QUICK_NOTE, Block
 from lynx_connector.bench.e2e.goals import outcomes
-from lynx_connector.bench.e2e.report import goals_table, machine_name, result_table, save_png
+from lynx_connector.bench.e2e.report import goals_table, machine_name, result_tables, save_png
 from lynx_connector.bench.e2e.rows import to_report
 from lynx_connector.bench.e2e.runner import Bench, Options
 from lynx_connector.bench.errors import BenchError
@@ -65,6 +65,8 @@ def run(
     What was measured before a failure is written all the same.
     """
     console = Console()
+    if not console.is_terminal:  # a file has no width of its own
+        console.width = 120
     # A closed terminal and a plain kill clean up as Ctrl-C does.
     for name in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(name, _interrupt)
@@ -115,7 +117,9 @@ def _show(bench: Bench, console: Console, json_path: Path, png: Path | None, not
     if png is not None:
         save_png(bench.rows, png, f"{model} on {machine}")
     console.print(f"{model} on {machine}", highlight=False, soft_wrap=True)
-    console.print(result_table(bench.rows))
+    console.print("Milliseconds after the prefill is complete: median (worst).\n")
+    for table in result_tables(bench.rows):
+        console.print(table)
     for line in filter(None, [note, *bench.notes]):
         console.print(line, highlight=False, soft_wrap=True)
     console.print(goals_table(outcomes(bench.rows)))

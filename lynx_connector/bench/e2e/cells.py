@@ -87,8 +87,8 @@ def ordered(blocks: Sequence[Block]) -> list[Cell]:
     return sorted(
         cells,
         key=lambda cell: (
-            cell.prompt_tokens,
             cell.concurrency,
+            cell.prompt_tokens,
             PREFILLS.index(cell.prefill),
             cell.repeat,
             cell.link_mbit or float("inf"),

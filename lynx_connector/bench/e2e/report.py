@@ -5,17 +5,19 @@ from __future__ import annotations
 
 import platform
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from lynx_connector.bench.e2e.goals import Outcome, link_name
 from lynx_connector.bench.e2e.modes import MODES
 from lynx_connector.bench.e2e.rows import Row
 
+_TIMES = ("ttft", "tt8", "tt32", "tt64")
 Group = tuple[int, int, str, float]
 _COLOURS = {
     "single": "#2f855a",
@@ -48,40 +50,40 @@ def grouped(rows: Sequence[Row]) -> dict[Group, dict[str, list[Row]]]:
     """Rows by group, then by mode, in the order of the table."""
     order = list(MODES)
     found: dict[Group, dict[str, list[Row]]] = {}
-    key: Callable[[Row], Any] = lambda row: (  # noqa: E731
-        row.prompt_tokens,
-        row.concurrency,
-        row.prefill,
-        row.link_mbit or float("inf"),
-        order.index(row.mode),
-    )
-    for row in sorted(rows, key=key):
+
+    def place(row: Row) -> tuple[int, int, str, float, int]:
+        prompt, at_once, prefill, link = group_of(row)
+        return at_once, prompt, prefill, link or float("inf"), order.index(row.mode)
+
+    for row in sorted(rows, key=place):
         found.setdefault(group_of(row), {}).setdefault(row.mode, []).append(row)
     return found
 
 
-def result_table(rows: Sequence[Row]) -> Table:
-    """Medians, the worst in brackets where there are several."""
-    table = Table(
-        title="Milliseconds after the prefill is complete: median (worst)", title_justify="left"
-    )
-    for title in ("prompt", "at once", "prefill", "link", "mode", "n"):
-        table.add_column(title, justify="right" if title in ("prompt", "at once", "n") else "left")
-    for title in ("first", "8th", "32nd", "64th", "step", "drafted", "accepted", "MB", "CPU s"):
-        table.add_column(title, justify="right")
-    for (prompt, at_once, prefill, link), modes in grouped(rows).items():
-        table.add_section()
-        for mode, own in modes.items():
-            keys = ("ttft_ms", "tt8_ms", "tt32_ms", "tt64_ms")
-            table.add_row(
-                *(str(prompt), str(at_once), prefill, link_name(link), mode, str(len(own))),
-                *(_median_worst([getattr(row, key) for row in own]) for key in keys),
-                f"{statistics.median(row.decode_step_ms for row in own):.0f}",
-                f"{statistics.mean(row.drafted for row in own):.1f}",
-                f"{statistics.mean(row.accepted for row in own):.1f}",
-                f"{statistics.median(row.wire_bytes for row in own) / 1e6:.1f}",
-                f"{statistics.median(row.cpu_s for row in own):.1f}",
-            )
+def result_tables(rows: Sequence[Row]) -> list[Table]:
+    """A table per group: medians, the worst in brackets where there are several requests."""
+    return [_group_table(group, modes) for group, modes in grouped(rows).items()]
+
+
+def _group_table(group: Group, modes: dict[str, list[Row]]) -> Table:
+    prompt, at_once, prefill, link = group
+    title = f"{prompt} tokens, {prefill} prefill, {link_name(link)}, {at_once} at once"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1))
+    table.add_column("mode", min_width=9)
+    for name in ("n", "1st ms", "8th ms", "32nd ms", "64th ms", "step", "drafts", "MB", "CPU s"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for mode, own in modes.items():
+        drafted, accepted = (
+            statistics.mean(getattr(row, key) for row in own) for key in ("drafted", "accepted")
+        )
+        table.add_row(
+            *(mode, str(len(own))),
+            *(_median_worst([getattr(row, f"{key}_ms") for row in own]) for key in _TIMES),
+            f"{statistics.median(row.decode_step_ms for row in own):.0f}",
+            f"{accepted:.0f}/{drafted:.0f}" if drafted else "",
+            f"{statistics.median(row.wire_bytes for row in own) / 1e6:.1f}",
+            f"{statistics.median(row.cpu_s for row in own):.1f}",
+        )
     return table
 
 

@@ -11,12 +11,28 @@ from hypothesis import strategies as st
 from lynx_connector.bench.e2e.cells import PREFILLS, QUICK, Block, Cell, interleaved, ordered
 from lynx_connector.bench.e2e.goals import outcomes
 from lynx_connector.bench.e2e.modes import MODES, select_modes, server_specs, split_by_memory
-from lynx_connector.bench.e2e.report import goals_table, grouped, result_table, save_png
+from lynx_connector.bench.e2e.report import goals_table, grouped, result_tables, save_png
 from lynx_connector.bench.e2e.rows import OUTPUT_TOKENS, Row, from_report, make_row, to_report
 from lynx_connector.bench.errors import BenchError
 from lynx_connector.config import LynxConfig
 
-KEYS = ["mode", "link_mbit", "prompt_tokens", "prefill", "concurrency", "repeat", "ttft_ms", "tt8_ms", "tt32_ms", "tt64_ms", "decode_step_ms", "drafted", "accepted", "wire_bytes", "cpu_s"]
+KEYS = [
+    "mode",
+    "link_mbit",
+    "prompt_tokens",
+    "prefill",
+    "concurrency",
+    "repeat",
+    "ttft_ms",
+    "tt8_ms",
+    "tt32_ms",
+    "tt64_ms",
+    "decode_step_ms",
+    "drafted",
+    "accepted",
+    "wire_bytes",
+    "cpu_s",
+]
 
 
 def row(mode: str, tt32: float, **other: object) -> Row:
@@ -70,6 +86,7 @@ def test_times_count_from_zero_and_the_step_ignores_bursts():
     cell = Cell(200.0, 4097, "cached", 1, 0)
     burst = [10.5] * 65  # handed over, drafted and accepted: all at once
     times = burst + [10.5 + 0.04 * n for n in range(1, OUTPUT_TOKENS - 64)]
+    times[-2] = times[-1]  # the client was late
     made = make_row("lynx", cell, 10.0, times, (64, 64), 1000, 2.0)
     assert (made.ttft_ms, made.tt32_ms, made.tt64_ms) == (500.0, 500.0, 500.0)
     assert made.decode_step_ms == 40.0
@@ -189,8 +206,9 @@ def test_goals_without_their_reference_are_left_out():
 
 
 def test_tables_and_picture(tmp_path):
-    table = result_table(SAMPLE)
-    assert table.row_count == sum(len(modes) for modes in grouped(SAMPLE).values()) == 10
+    tables = result_tables(SAMPLE)
+    assert [table.row_count for table in tables] == [4, 2, 2, 2]
+    assert list(grouped(SAMPLE)[4097, 1, "cached", 0.0]) == ["nixl", "lynx"]
     assert goals_table(outcomes(SAMPLE)).row_count == len(outcomes(SAMPLE))
     save_png(SAMPLE, tmp_path / "e2e.png", "a title")
     assert (tmp_path / "e2e.png").read_bytes().startswith(b"\x89PNG")
