@@ -7,13 +7,17 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
+from lynx_connector.bench.e2e import runner
 from lynx_connector.bench.e2e.cells import PREFILLS, QUICK, Block, Cell, interleaved, ordered
 from lynx_connector.bench.e2e.goals import outcomes
 from lynx_connector.bench.e2e.modes import MODES, select_modes, server_specs, split_by_memory
+from lynx_connector.bench.e2e.prompts import Prompts
 from lynx_connector.bench.e2e.report import goals_table, grouped, result_tables, save_png
 from lynx_connector.bench.e2e.rows import OUTPUT_TOKENS, Row, from_report, make_row, to_report
 from lynx_connector.bench.errors import BenchError
+from lynx_connector.cli import app
 from lynx_connector.config import LynxConfig
 
 KEYS = [
@@ -212,3 +216,38 @@ def test_tables_and_picture(tmp_path):
     assert goals_table(outcomes(SAMPLE)).row_count == len(outcomes(SAMPLE))
     save_png(SAMPLE, tmp_path / "e2e.png", "a title")
     assert (tmp_path / "e2e.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--quick", "--mode", "nixl"], "--quick has its own choice"),
+        (["--mode", "nxl"], "--mode nxl: did you mean nixl"),
+        (["--link-mbit", "-5"], "--link-mbit -5: at least 0"),
+        (["--png", "/no/such/folder/e2e.png"], "/no/such/folder/e2e.png: no such folder"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_starts(tmp_path, arguments, message):
+    logs = tmp_path / "logs"
+    report = ["--json", str(tmp_path / "e2e.json"), "--logs", str(logs)]
+    done = CliRunner().invoke(app, ["bench", "e2e", *report, *arguments])
+    assert done.exit_code == 2
+    assert message in done.stderr
+    assert not logs.exists()
+
+
+def test_without_nixl_the_package_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(BenchError, match=r"pip install 'lynx-connector\[bench\]'"):
+        runner.Bench(runner.Options(tmp_path), print, print)
+
+
+def test_prompts_have_the_length_asked_for(model_folder):
+    prompts = Prompts(str(model_folder), 900)
+    long, short, other = prompts.get(0, 900), prompts.get(0, 400), prompts.get(1, 900)
+    assert [len(long), len(short), len(other)] == [900, 400, 900]
+    same = sum(a == b for a, b in zip(long, short, strict=False))
+    assert same > 300, "a short prompt is the beginning of a long one"
+    assert long != other
+    with pytest.raises(BenchError, match="the text at hand gives"):
+        prompts.get(prompts.count + 1, 900)
