@@ -57,6 +57,7 @@ class Meter:
 
     def warm_up(self, mode: Mode, prompt: Sequence[int]) -> None:
         """One request that is not counted: it pays for connections and compiled kernels."""
+        self._fleet.only(mode)
         self._serve(mode, prompt)
 
     def measure(self, mode: Mode, cell: Cell, prompts: Sequence[Sequence[int]]) -> list[Row]:
@@ -67,6 +68,7 @@ class Meter:
             RequestError: a request failed.
             BenchError: an answer is too short.
         """
+        self._fleet.only(mode)
         try:
             self._prepare(mode, cell, prompts)
             servers = set(self._fleet.of(mode))

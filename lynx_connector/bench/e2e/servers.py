@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -60,6 +61,15 @@ class Fleet:
         servers = [self._servers[spec] for spec in self._specs[mode.name]]
         return servers[0], servers[-1]
 
+    def only(self, mode: Mode) -> None:
+        """Let the servers of one mode run and hold all others still.
+
+        Idle is not enough: NIXL's progress threads poll, a core for each server.
+        """
+        mine = self.of(mode)
+        for server in self._servers.values():
+            server.kill(signal.SIGCONT if server in mine else signal.SIGSTOP)
+
     def start(self, timeout: float, waiting: Callable[[int, int], None]) -> None:
         """Start all at once and return when each answers; `waiting(ready, all)` meanwhile.
 
@@ -91,6 +101,8 @@ class Fleet:
         return self
 
     def __exit__(self, *_: object) -> None:
+        for server in self._servers.values():
+            server.kill(signal.SIGCONT)
         with ThreadPoolExecutor(len(self._servers)) as pool:
             list(pool.map(ServerProcess.stop, self._servers.values()))
 

@@ -3,7 +3,9 @@
 
 import dataclasses
 import json
+import time
 
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,9 +18,11 @@ from lynx_connector.bench.e2e.modes import MODES, select_modes, server_specs, sp
 from lynx_connector.bench.e2e.prompts import Prompts
 from lynx_connector.bench.e2e.report import goals_table, grouped, result_tables, save_png
 from lynx_connector.bench.e2e.rows import OUTPUT_TOKENS, Row, from_report, make_row, to_report
+from lynx_connector.bench.e2e.servers import Fleet, ServerOptions
 from lynx_connector.bench.errors import BenchError
 from lynx_connector.cli import app
 from lynx_connector.config import LynxConfig
+from lynx_connector.demo.link import loopback
 
 KEYS = [
     "mode",
@@ -251,3 +255,30 @@ def test_prompts_have_the_length_asked_for(model_folder):
     assert long != other
     with pytest.raises(BenchError, match="the text at hand gives"):
         prompts.get(prompts.count + 1, 900)
+
+
+def test_servers_of_other_modes_stand_still(tmp_path):
+    modes = [MODES["single"], MODES["nixl"]]
+    options = ServerOptions("m", "bfloat16", 1024, 1 << 30, tmp_path)
+    with Fleet(modes, loopback(0), options) as fleet:
+        servers = {server for mode in modes for server in fleet.of(mode)}
+        assert len(servers) == 3
+        for server in servers:
+            server.command = ["sleep", "60"]
+            server.start()
+        for mode in (modes[0], modes[1], modes[0]):
+            fleet.only(mode)
+            for server in servers:
+                stopped = psutil.STATUS_STOPPED
+                until(
+                    server.pid,
+                    lambda state, s=server, m=mode: (state == stopped) != (s in fleet.of(m)),
+                )
+    assert not any(server.running for server in servers)
+
+
+def until(pid: int, condition, seconds: float = 5.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition(psutil.Process(pid).status()):
+        assert time.monotonic() < deadline, psutil.Process(pid).status()
+        time.sleep(0.01)
