@@ -269,16 +269,12 @@ def test_servers_of_other_modes_stand_still(tmp_path):
         for mode in (modes[0], modes[1], modes[0]):
             fleet.only(mode)
             for server in servers:
-                stopped = psutil.STATUS_STOPPED
-                until(
-                    server.pid,
-                    lambda state, s=server, m=mode: (state == stopped) != (s in fleet.of(m)),
-                )
+                wait_for_state(server.pid, stopped=server not in fleet.of(mode))
     assert not any(server.running for server in servers)
 
 
-def until(pid: int, condition, seconds: float = 5.0) -> None:
+def wait_for_state(pid: int, stopped: bool, seconds: float = 5.0) -> None:
     deadline = time.monotonic() + seconds
-    while not condition(psutil.Process(pid).status()):
+    while (psutil.Process(pid).status() == psutil.STATUS_STOPPED) is not stopped:
         assert time.monotonic() < deadline, psutil.Process(pid).status()
         time.sleep(0.01)
