@@ -35,7 +35,7 @@ _TIMEOUT = 1800.0
 
 
 @dataclass(frozen=True)
-class _Served:
+class Served:
     """One request that was answered."""
 
     sent: float
@@ -91,7 +91,7 @@ class Meter:
                 codecs = self.codecs.setdefault(mode.name, {})
                 codec = trace.value("handoff", "codec", "?")
                 codecs[codec] = codecs.get(codec, 0) + 1
-            zero = _zero(mode, cell, request, trace)
+            zero = prefill_end(mode, cell, request, trace)
             own_cpu = cpu / len(served)
             rows.append(
                 make_row(mode.name, cell, zero, request.token_times, drafts, own_wire, own_cpu)
@@ -108,7 +108,7 @@ class Meter:
         if decode is not prefill:
             forget_prefixes(decode)
 
-    def _serve(self, mode: Mode, prompt: Sequence[int]) -> _Served:
+    def _serve(self, mode: Mode, prompt: Sequence[int]) -> Served:
         prefill, decode = self._fleet.of(mode)
         body = {"model": "bench", "prompt": prompt, "temperature": 0}
         whole = {**body, "ignore_eos": True, "max_tokens": OUTPUT_TOKENS, **mode.request}
@@ -125,9 +125,9 @@ class Meter:
             transfer = parameters.get("remote_request_id", "")
             whole |= {"kv_transfer_params": parameters, "request_id": f"d-{request_id}"}
         answer = stream_completion(decode.url, whole, timeout=_TIMEOUT)
-        return _Served(sent, replied, answer.token_times, transfer)
+        return Served(sent, replied, answer.token_times, transfer)
 
-    def _trace(self, request: _Served) -> Trace | None:
+    def _trace(self, request: Served) -> Trace | None:
         """The request's events, once the last of them is written."""
         deadline = time.monotonic() + _EVENTS_GRACE_SECONDS
         while True:
@@ -141,22 +141,18 @@ class Meter:
         return carried_bytes(self._link) if self._link.kind == "netns" else 0
 
 
-def _zero(mode: Mode, cell: Cell, request: _Served, trace: Trace | None) -> float:
+def prefill_end(mode: Mode, cell: Cell, request: Served, trace: Trace | None) -> float:
     """The Unix time from which a request's tokens are counted: its prefill is complete.
 
-    That is the prefill's reply; after an early reply the moment at which the last chunk is
-    computed and its encoding begins. A single server gives no reply: cold, its prefill is complete
-    with the first token; cached, there is nothing to prefill, and all of its time counts.
+    That is the prefill's reply; after an early reply the end of the prefill, which its scheduler
+    notes as `prefilled`. A single server gives no reply: cold, its prefill is complete with the
+    first token; cached, there is nothing to prefill, and all of its time counts.
     """
     if mode.connector is None:
         return request.token_times[0] if cell.prefill == "cold" else request.sent
-    computed = [
-        event["t"] - event["seconds"]
-        for event in (trace.events if trace else ())
-        if event["event"] == "chunk_encoded" and event["tokens_done"] == cell.prompt_tokens
-    ]
-    early = trace is not None and trace.value("handoff", "early", False)
-    return max([request.replied, *computed]) if early else request.replied
+    if trace is not None and trace.value("handoff", "early", False):
+        return max(request.replied, trace.time("prefilled") or request.replied)
+    return request.replied
 
 
 def _drafts(trace: Trace | None) -> tuple[int, int]:

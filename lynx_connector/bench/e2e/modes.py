@@ -10,10 +10,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lynx_connector.bench.errors import BenchError
+from lynx_connector.config import LynxConfig
 from lynx_connector.launch import Role
 
 LYNX, NIXL = "LynxConnector", "NixlConnector"
 _BLOCKING = {"vllm_xargs": {"lynx_start": "blocking"}}
+_PLAIN = {
+    key: value
+    for key, value in {"early_reply": False, "first_token": False, "plan": "fixed"}.items()
+    if key in LynxConfig.model_fields
+}
+"""A plain transfer: the codec named, all of it after the prefill, no token before it."""
 
 
 @dataclass(frozen=True)
@@ -69,9 +76,9 @@ MODES: dict[str, Mode] = {
         Mode("single"),
         Mode("nixl", NIXL),
         Mode("lynx", LYNX),
-        Mode("lynx-int8", LYNX, {"codec": "int8"}, request=_BLOCKING),
-        Mode("lynx-bf16", LYNX, {"codec": "bf16"}, request=_BLOCKING),
-        Mode("lynx-int4", LYNX, {"codec": "int4"}, request=_BLOCKING),
+        Mode("lynx-int8", LYNX, {"codec": "int8", **_PLAIN}, request=_BLOCKING),
+        Mode("lynx-bf16", LYNX, {"codec": "bf16", **_PLAIN}, request=_BLOCKING),
+        Mode("lynx-int4", LYNX, {"codec": "int4", **_PLAIN}, request=_BLOCKING),
     )
 }
 """All modes by name, in the order in which they are measured."""

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from lynx_connector.bench.e2e import runner
+from lynx_connector.bench.e2e import measure, runner
 from lynx_connector.bench.e2e.cells import PREFILLS, QUICK, Block, Cell, interleaved, ordered
 from lynx_connector.bench.e2e.goals import outcomes
 from lynx_connector.bench.e2e.modes import MODES, select_modes, server_specs, split_by_memory
@@ -23,6 +23,7 @@ from lynx_connector.bench.errors import BenchError
 from lynx_connector.cli import app
 from lynx_connector.config import LynxConfig
 from lynx_connector.demo.link import loopback
+from lynx_connector.demo.trace import Trace
 
 KEYS = [
     "mode",
@@ -278,3 +279,26 @@ def wait_for_state(pid: int, stopped: bool, seconds: float = 5.0) -> None:
     while (psutil.Process(pid).status() == psutil.STATUS_STOPPED) is not stopped:
         assert time.monotonic() < deadline, psutil.Process(pid).status()
         time.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    ("mode", "prefill", "events", "zero"),
+    [
+        ("single", "cold", [], 14.0),
+        ("single", "cached", [], 10.0),
+        ("nixl", "cold", [], 12.0),
+        ("lynx", "cold", [{"event": "handoff", "t": 11.9}], 12.0),
+        ("lynx", "cold", [{"event": "handoff", "t": 11.9, "early": False}], 12.0),
+        (
+            "lynx",
+            "cold",
+            [{"event": "handoff", "t": 11.9, "early": True}, {"event": "prefilled", "t": 13.0}],
+            13.0,
+        ),
+    ],
+)
+def test_times_count_from_the_end_of_the_prefill(mode, prefill, events, zero):
+    served = measure.Served(sent=10.0, replied=12.0, token_times=[14.0, 15.0], transfer="t")
+    trace = Trace("", events) if mode == "lynx" else None
+    cell = Cell(200.0, 4097, prefill, 1, 0)
+    assert measure.prefill_end(MODES[mode], cell, served, trace) == zero
