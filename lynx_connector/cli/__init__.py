@@ -20,7 +20,8 @@ app = typer.Typer(
 )
 
 bench_app = typer.Typer(
-    help="Measure codecs on real KV tensors, and kernels on this machine.", no_args_is_help=True
+    help="Measure codecs on real KV tensors, kernels on this machine, and whole servers.",
+    no_args_is_help=True,
 )
 app.add_typer(bench_app, name="bench")
 
@@ -149,3 +150,38 @@ def bench_codec(
 
     texts = [*text, *(more_texts or [])]
     run(model, texts, json_path, png, starts, codec or [], prompt_tokens, dtype)
+
+
+@bench_app.command("e2e")
+def bench_e2e(
+    json_path: Annotated[Path, typer.Option("--json", help="Where the report is written.")],
+    png: Annotated[Path | None, typer.Option(help="Picture: 32nd token against link.")] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="About five minutes: fewer modes, links and prompts.")
+    ] = False,
+    model: Annotated[
+        str | None, typer.Option(help="Model folder or hub name; default: a small one, fetched.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="vLLM's dtype.")] = "bfloat16",
+    mode: Annotated[
+        list[str] | None, typer.Option(help="Mode to measure; repeat it for more. Default: all.")
+    ] = None,
+    link_mbit: Annotated[
+        list[float] | None, typer.Option(help="Rate in Mbit/s, 0 for no limit; repeat for more.")
+    ] = None,
+    prompt_tokens: Annotated[list[int] | None, typer.Option(help="Repeat for more.")] = None,
+    prefill: Annotated[list[str] | None, typer.Option(help="cold, cached; default: both.")] = None,
+    concurrency: Annotated[
+        list[int] | None, typer.Option(help="Requests at a time; repeat for more.")
+    ] = None,
+    repeats: Annotated[int | None, typer.Option(help="Of every combination. Default: 3.")] = None,
+    logs: Annotated[Path, typer.Option(help="Folder for logs and events.")] = Path("e2e-logs"),
+    namespaces: Annotated[
+        bool, typer.Option(help="Put the servers into network namespaces where allowed (root).")
+    ] = True,
+) -> None:
+    """Real servers on a shaped link: single vLLM, NixlConnector, Lynx. Tokens against time."""
+    from lynx_connector.cli.run_bench_e2e import Chosen, run
+
+    chosen = Chosen(mode, link_mbit, prompt_tokens, prefill, concurrency, repeats)
+    run(json_path, png, quick, model, dtype, chosen, logs, namespaces)
