@@ -13,8 +13,8 @@ class StepMeter:
     """Median time of the recent decode steps.
 
     Only a step in which every request computes one token counts, and only if one of its requests
-    goes on in the next step: otherwise the instance may have been idle in between. The median, since
-    one stalled step must not change a plan.
+    goes on in the next step: otherwise the instance may have been idle in between. The median,
+    since one stalled step must not change a plan.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):

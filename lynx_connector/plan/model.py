@@ -8,7 +8,10 @@ smoothly with what they depend on. With W the seconds that a tier's bytes take a
     streamed        landed = max(prefill + overhead + W(last chunk),
                                  first chunk + overhead + W(all tokens))
 
-The anchor counts its own bytes; a finer tier counts all tiers up to it, since they share the wire.
+A chunk is encoded whole before its first byte leaves, and decoded once its last one is there: an
+encoded mode lands later by both. The anchor counts its own bytes, a finer tier those of all tiers
+up to it, since they share the wire.
+
 From the anchor on a draft is made every decode step, up to the draft limit. Once the final tier is
 there, n drafts are verified in one pass of 1 + n * verify_cost steps, which yields the expected
 number of accepted drafts and one token more; every later token takes a step. A mode without drafts
@@ -116,8 +119,13 @@ class Setting:
         whole = self.shape.element_bits
         return self.shape.elements_per_token / 8 * (raw * whole + (tokens - raw) * bits)
 
+    def codec_s(self, mode: Mode) -> float:
+        """Seconds of encoding and decoding one chunk, which nothing hides."""
+        chunk = min(self.chunk_tokens, self.tokens) * self.shape.bytes_per_token
+        return 2 * chunk / (self.codec_gb_s * 1e9) if mode.encoded else 0.0
+
     def wire_rate(self, mode: Mode) -> float:
-        """Bytes a second at which `mode` moves: the link's rate, or the codec's if that is lower."""
+        """Bytes a second at which `mode` moves: the link's rate, or the codec's if lower."""
         link = self.link_mbit * 125e3
         if not mode.encoded:
             return link
@@ -161,16 +169,16 @@ def predict(setting: Setting, mode: Mode) -> Prediction:
 
     It never gets earlier with more tokens or later with a faster link (tests/unit/plan).
     """
-    whole = setting.shape.element_bits
     step, rate = setting.step_ms / 1e3, setting.wire_rate(mode)
     overhead = setting.overhead_ms / 1e3
     prefilled = setting.prefill_s(setting.tokens) + overhead
     chunk = min(setting.chunk_tokens, setting.tokens) if mode.streamed else setting.tokens
     first_chunk = setting.prefill_s(chunk) + overhead
+    codec = setting.codec_s(mode)
 
     def landed(bits: float) -> float:
         last = prefilled + setting.wire_bytes(bits, chunk) / rate
-        return max(last, first_chunk + setting.wire_bytes(bits, setting.tokens) / rate)
+        return codec + max(last, first_chunk + setting.wire_bytes(bits, setting.tokens) / rate)
 
     anchor, final = landed(mode.tier_bits[0]), landed(mode.total_bits)
     drafted = min((final - anchor) / step, _limit(setting, mode)) if mode.drafts else 0.0
@@ -181,7 +189,7 @@ def predict(setting: Setting, mode: Mode) -> Prediction:
         FirstToken.HANDOVER: prefilled,
         FirstToken.DRAFT: anchor + step if mode.drafts else verified,
     }[mode.first_token]
-    size = setting.wire_bytes(whole if not mode.encoded else mode.total_bits, setting.tokens)
+    size = setting.wire_bytes(mode.total_bits, setting.tokens)
     return Prediction(mode, anchor, final, drafted, accepted, verified, first, step, size)
 
 

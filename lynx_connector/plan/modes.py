@@ -63,7 +63,9 @@ def mode_of(
         return Mode(name, tiers, drafts, acceptance, first_token, streamed)
     widths = {"bf16": float(shape.element_bits), "int8": 8 + 2 * scale, "int4": 4 + 2 * scale}
     if codec not in widths:
-        raise PlanError(f"codec = {codec!r}: accepted values are hadamard, klt, {', '.join(widths)}")
+        raise PlanError(
+            f"codec = {codec!r}: accepted values are hadamard, klt, {', '.join(widths)}"
+        )
     return Mode(
         codec,
         (widths[codec],),
@@ -80,7 +82,9 @@ def acceptance_of(accepted: float, drafted: float) -> float:
         PlanError: not 0 <= accepted < drafted.
     """
     if not 0 <= accepted < drafted or not math.isfinite(drafted):
-        raise PlanError(f"accepted = {accepted:g} of drafted = {drafted:g}: must be 0 or more, less")
+        raise PlanError(
+            f"accepted = {accepted:g} of drafted = {drafted:g}: must be 0 or more, less"
+        )
     low, high = 0.0, 1.0
     while high - low > 1e-9:
         middle = (low + high) / 2

@@ -16,7 +16,7 @@ What is assumed, since those rows cannot say it:
     wire format      INT8 and BF16 are 8 and 16 bits; Lynx's anchor is its 4 bits and 1 bit of
                      metadata (a 16-bit scale and a 16-bit offset for 32 elements), its residual 4
     verification     as long as one decode step
-    codecs           as fast as the link
+    codecs           cost no time
     first token      the first draft, shown unverified: 1.6 s is before the residual can be there
 
 The metadata carries the result: with none of it Lynx's first token is predicted at 1.25 s, with
@@ -72,7 +72,6 @@ def fit(int8: Row = PUBLISHED["INT8"], bf16: Row = PUBLISHED["BF16"]) -> Setting
         link_mbit=size / seconds / 125e3 if seconds else 0.0,
         step_ms=1e3 * step,
         overhead_ms=1e3 * (bf16.first_s - seconds - step),
-        codec_gb_s=1e6,
         verify_cost=0.0,
         raw_tokens=0,
     )
@@ -81,14 +80,16 @@ def fit(int8: Row = PUBLISHED["INT8"], bf16: Row = PUBLISHED["BF16"]) -> Setting
 def modes() -> dict[str, Mode]:
     """The paper's rows as modes."""
     return {
-        "BF16": Mode("BF16", (16.0,)),
-        "INT8": Mode("INT8", (8.0,)),
-        "INT4": Mode("INT4", (4.0,)),
+        **{
+            name: Mode(name, (bits,), encoded=False)
+            for name, bits in (("BF16", 16.0), ("INT8", 8.0), ("INT4", 4.0))
+        },
         "Lynx": Mode(
             "Lynx",
             (4.0 + METADATA_BITS, 4.0),
             drafts=True,
             acceptance=acceptance_of(ACCEPTED, DRAFTED),
             first_token=FirstToken.DRAFT,
+            encoded=False,
         ),
     }

@@ -15,6 +15,10 @@ from lynx_connector.plan.shape import KVShape
 TARGET_TOKEN = 32
 """The plan that brings this token soonest is the best."""
 
+NEGLIGIBLE = 0.01
+"""Part of its time by which another plan may be slower than the best and yet be taken: the plain
+copy first, since it changes no bit and needs no codec, then the configured one."""
+
 DEFAULT_STEP_MS = 50.0
 """Decode step that is assumed until a decode instance has named its own."""
 
@@ -65,8 +69,8 @@ def choose(
     in_flight: int = 1,
     device: str = "gpu",
 ) -> Choice:
-    """The plan that brings token 32 soonest; the configured one where nothing is measured, or on a
-    tie.
+    """The plan that brings token 32 soonest, or within 1 % of it: the first such of the plain copy,
+    the configured plan and the other anchor widths. As configured while nothing is measured.
 
     shape is one worker's, and `measured.link_mbit` the rate of its link, which `in_flight` requests
     share. device: a key of `DEVICES`.
@@ -88,7 +92,8 @@ def choose(
     )
     options = _candidates(wanted, shape)
     seconds = [predict(setting, mode).token_s(TARGET_TOKEN) for _, mode in options]
-    best = min(range(len(options)), key=lambda index: seconds[index])
+    enough = min(seconds) * (1 + NEGLIGIBLE)
+    best = next(index for index, time in enumerate(seconds) if time <= enough)
     chosen, mode = options[best]
     listed = ", ".join(
         f"{mode.name} {time:.2f} s" for (_, mode), time in zip(options, seconds, strict=True)
@@ -99,12 +104,17 @@ def choose(
         + ("" if measured.step_ms else " (assumed)")
     )
     return Choice(
-        mode.name, chosen.codec, chosen.anchor_bits, chosen.final_tier, _draft_hint(setting, mode), why
+        mode.name,
+        chosen.codec,
+        chosen.anchor_bits,
+        chosen.final_tier,
+        _draft_hint(setting, mode),
+        why,
     )
 
 
 def _candidates(wanted: Wanted, shape: KVShape) -> list[tuple[Wanted, Mode]]:
-    """The configured plan first."""
+    """In order of preference."""
     found = [wanted]
     if wanted.codec == "klt":
         found += [
@@ -113,7 +123,7 @@ def _candidates(wanted: Wanted, shape: KVShape) -> list[tuple[Wanted, Mode]]:
             if bits != wanted.anchor_bits
         ]
     if wanted.codec != "bf16":
-        found.append(Wanted("bf16", wanted.anchor_bits, wanted.final_tier))
+        found.insert(0, Wanted("bf16", wanted.anchor_bits, wanted.final_tier))
     return [(one, _mode(one, shape)) for one in found]
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a link really carries, measured while it is busy."""
 
+import asyncio
 import math
 import time
 from collections.abc import Callable
@@ -43,6 +44,8 @@ class RateMeter:
     def sent(self, peer: str, num_bytes: int, began: float) -> None:
         """A send that began at `began` is complete: the peer has the bytes."""
         now = self._clock()
+        if peer not in self._peers:
+            self._forget(now)
         one = self._peers.setdefault(peer, _Peer())
         seconds = now - min(now, max(began, one.until))
         fade = math.exp(-seconds / MEMORY_SECONDS)
@@ -51,12 +54,21 @@ class RateMeter:
         one.total += num_bytes
         one.until = now
 
+    def on_sent(self, peer: str, num_bytes: int, began: float) -> Callable[[asyncio.Future], None]:
+        """`sent` as a callback of a send; one that failed counts for nothing."""
+
+        def done(future: asyncio.Future) -> None:
+            if not future.cancelled() and future.exception() is None:
+                self.sent(peer, num_bytes, began)
+
+        return done
+
     @property
     def mbit(self) -> float:
         """Mbit/s of the slowest peer that fetched lately; 0 while nothing is known.
 
-        The slowest, since a prefill does not know which peer will fetch: sending too few bits over a
-        fast link costs little, too many over a slow one cost seconds.
+        The slowest, since a prefill does not know which peer will fetch: sending too few bits over
+        a fast link costs little, too many over a slow one cost seconds.
         """
         now = self._clock()
         rates = [
@@ -65,3 +77,8 @@ class RateMeter:
             if one.total >= TRUSTED_BYTES and one.seconds > 0 and now - one.until < FORGET_SECONDS
         ]
         return min(rates, default=0.0)
+
+    def _forget(self, now: float) -> None:
+        self._peers = {
+            peer: one for peer, one in self._peers.items() if now - one.until < FORGET_SECONDS
+        }
