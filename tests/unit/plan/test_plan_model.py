@@ -2,6 +2,7 @@
 """The laws of the model, and the paper's table."""
 
 import dataclasses
+import itertools
 import math
 
 import pytest
@@ -131,7 +132,7 @@ def test_crossings_are_where_the_best_mode_changes():
     assert stretches[0].from_mbit == 1
     assert stretches[-1].mode == "bf16"
     assert len({s.mode for s in stretches}) > 1
-    for before, after in zip(stretches, stretches[1:], strict=False):
+    for before, after in itertools.pairwise(stretches):
         for factor, name in ((0.999, before.mode), (1.001, after.mode)):
             here = dataclasses.replace(setting, link_mbit=after.from_mbit * factor)
             assert best_mode(here, among, 32).name == name
