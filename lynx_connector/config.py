@@ -48,6 +48,13 @@ class StartMode(enum.StrEnum):
     BLOCKING = "blocking"
 
 
+class PlanMode(enum.StrEnum):
+    """Who decides how a request's KV is sent."""
+
+    AUTO = "auto"
+    FIXED = "fixed"
+
+
 class FinalTier(enum.StrEnum):
     """The tier that verification waits for."""
 
@@ -75,6 +82,12 @@ class LynxConfig(BaseModel):
         FinalTier.RESIDUAL,
         description="Producer: what verification waits for. `residual`: the 8-bit cache; `exact`: "
         "a third tier that restores every bit of the cache.",
+    )
+    plan: PlanMode = Field(
+        PlanMode.FIXED,
+        description="Producer: `auto` chooses per request, once the link has been measured, "
+        "between `codec` (of `klt` any anchor_bits) and `bf16`, whichever brings the 32nd token "
+        "sooner; `fixed` always sends as configured. Neither lowers `final_tier`.",
     )
     learn_tokens: Annotated[int, Field(ge=0, le=1 << 20)] = Field(
         8192,

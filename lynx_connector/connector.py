@@ -23,11 +23,13 @@ from lynx_connector.compat import (
     KVConnectorTransferResults,
     KVConnectorWorkerMetadata,
 )
-from lynx_connector.config import LynxConfig
+from lynx_connector.config import LynxConfig, PlanMode
 from lynx_connector.consumer.scheduler import ConsumerScheduler
 from lynx_connector.events import EventLog
 from lynx_connector.metadata import LynxHandshakeMetadata, LynxMetadata, LynxWorkerMetadata
 from lynx_connector.metrics import CONSUMER, PRODUCER, Meter
+from lynx_connector.plan import KVShape
+from lynx_connector.plan.planner import Planner
 from lynx_connector.producer.scheduler import ProducerScheduler
 from lynx_connector.scheduler.port import SpeculationPort
 from lynx_connector.stats import LynxPromMetrics, LynxStats
@@ -92,6 +94,7 @@ class LynxConnector(KVConnectorBase_V1):
                 tp_size,
                 self._block_size,
                 self._events,
+                self._planner(vllm_config),
             )
         if transfer.is_kv_consumer:
             self._consumer = ConsumerScheduler(
@@ -108,6 +111,17 @@ class LynxConnector(KVConnectorBase_V1):
                 "on the anchor" if self._speculative else "when the final tier has landed",
                 transfer.kv_load_failure_policy,
             )
+
+    def _planner(self, vllm_config: "VllmConfig") -> Planner:
+        group = self._kv_cache_config.kv_cache_groups[0]
+        spec = group.kv_cache_spec
+        dtype = str(spec.dtype).rsplit(".")[-1]
+        return Planner(
+            self._config.plan is PlanMode.AUTO,
+            KVShape(len(group.layer_names), spec.num_kv_heads, spec.head_size, dtype),
+            "cpu" if vllm_config.device_config.device_type == "cpu" else "gpu",
+            self._config.link_mbit,
+        )
 
     # ---- scheduler side ---------------------------------------------------------------------
 
@@ -138,7 +152,7 @@ class LynxConnector(KVConnectorBase_V1):
         if self._producer:
             self._producer.fill(metadata, scheduler_output)
         if self._consumer:
-            self._consumer.fill(metadata)
+            self._consumer.fill(metadata, scheduler_output.num_scheduled_tokens)
         return metadata
 
     def update_connector_output(self, connector_output: "KVConnectorOutput") -> None:
@@ -264,6 +278,7 @@ class LynxConnector(KVConnectorBase_V1):
             report = self._consumer_worker.take_report()
         if self._producer_worker:
             report.tables = self._producer_worker.take_report()
+            report.link_mbit, report.step_ms = self._producer_worker.take_measured()
         return report if report else None
 
     def get_kv_connector_stats(self) -> KVConnectorStats | None:

@@ -21,11 +21,6 @@ class EncodePlan:
     final_tier: str
     tables: tuple[str, ...] = ()
 
-    @property
-    def label(self) -> str:
-        """For metrics and logs, e.g. `klt 4 exact`: codec, anchor bits, final tier."""
-        return f"{self.codec} {self.anchor_bits} {self.final_tier}"
-
 
 @dataclass(frozen=True)
 class EncodeChunk:
@@ -65,6 +60,8 @@ class LoadRequest:
     final_tier: str = "residual"
     tables: list[str] = field(default_factory=list)
     """Digest per rank, empty for a codec without learned tables."""
+    step_ms: float = 0.0
+    """This instance's recent decode step time; 0: not known."""
 
 
 @dataclass(frozen=True)
@@ -104,10 +101,15 @@ class LynxWorkerMetadata:
     """Request id -> cause, for transfers lost after the anchor was reported."""
     tables: dict[int, str] = field(default_factory=dict)
     """Producer: rank -> digest of the tables that its next requests may use."""
+    link_mbit: dict[int, float] = field(default_factory=dict)
+    """Producer: rank -> measured rate of its link; the slowest rank's counts."""
+    step_ms: dict[int, float] = field(default_factory=dict)
+    """Producer: rank -> decode step time that a decode instance named last."""
 
     def __bool__(self) -> bool:
         """Whether there is anything to report."""
-        return bool(self.anchored or self.refined or self.failed or self.tables)
+        measured = self.link_mbit or self.step_ms
+        return bool(self.anchored or self.refined or self.failed or self.tables or measured)
 
     def aggregate(self, other: "LynxWorkerMetadata") -> "LynxWorkerMetadata":
         """Combine the reports of two ranks."""
@@ -116,6 +118,8 @@ class LynxWorkerMetadata:
         self.failed.update(other.failed)
         self.anchored.update(other.anchored)
         self.tables.update(other.tables)
+        self.link_mbit.update(other.link_mbit)
+        self.step_ms.update(other.step_ms)
         return self
 
 

@@ -90,11 +90,15 @@ class Refused(Message):
 
 
 class Fetch(Message):
-    """Consumer asks for the tiers of one transfer, tokens [first_token, num_tokens)."""
+    """Consumer asks for the tiers of one transfer, tokens [first_token, num_tokens).
+
+    `step_ms` is its recent decode step time, by which the producer plans; 0: not known.
+    """
 
     transfer_id: Id
     first_token: Count
     num_tokens: Count
+    step_ms: Annotated[float, Meta(ge=0, le=600_000)] = 0.0
 
 
 class Release(Message):
@@ -222,7 +226,8 @@ class LynxParams(msgspec.Struct, forbid_unknown_fields=False):
 
     Unknown fields are ignored, so that a newer producer can add some without a new version.
     `tables` holds a digest per rank for a codec with learned tables, and is empty for the others.
-    `final_tier` is the tier that verification waits for.
+    `final_tier` is the tier that verification waits for. `draft_limit` is how many drafts are worth
+    their verification, by the producer's plan; 0: it does not say.
     """
 
     version: int
@@ -234,6 +239,7 @@ class LynxParams(msgspec.Struct, forbid_unknown_fields=False):
     anchor_bits: AnchorBits
     final_tier: FinalTier
     tables: Annotated[list[Digest], Meta(max_length=512)]
+    draft_limit: Annotated[int, Meta(ge=0, le=1024)] = 0
 
 
 class Handoff(msgspec.Struct, forbid_unknown_fields=False):

@@ -131,6 +131,67 @@ def trace(
     run(events, out)
 
 
+@app.command()
+def plan(
+    model: Annotated[
+        str | None, typer.Argument(help="Model folder or hub name; only its config.json is read.")
+    ] = None,
+    layers: Annotated[int | None, typer.Option(help="Instead of a model: its layers,")] = None,
+    kv_heads: Annotated[int | None, typer.Option(help="its KV heads")] = None,
+    head_dim: Annotated[int | None, typer.Option(help="and its head size.")] = None,
+    dtype: Annotated[
+        str, typer.Option(help="Of the KV cache: bfloat16, float16, float32; auto: the model's.")
+    ] = "auto",
+    tensor_parallel_size: Annotated[
+        int, typer.Option(help="Workers; each sends its heads over a link of the rates given.")
+    ] = 1,
+    tokens: Annotated[
+        list[int] | None, typer.Option(help="Prompt length; repeat it for more. Default: 4096.")
+    ] = None,
+    link_mbit: Annotated[
+        list[float] | None,
+        typer.Option(help="Link rate in Mbit/s; repeat it. Default: 100, 1000, 10000, 100000."),
+    ] = None,
+    step_ms: Annotated[float, typer.Option(help="A decode step.")] = 30.0,
+    prefill_tokens_s: Annotated[
+        float | None, typer.Option(help="Speed of the prefill; none: it has the prompt cached.")
+    ] = None,
+    token: Annotated[int, typer.Option(help="The token whose time is compared.")] = 32,
+    codec: Annotated[str, typer.Option(help="Lynx's: klt or hadamard.")] = "klt",
+    anchor_bits: Annotated[int, typer.Option(help="Of klt: 3, 4 or 5.")] = 4,
+    final_tier: Annotated[str, typer.Option(help="residual or exact.")] = "residual",
+    device: Annotated[str, typer.Option(help="Where codecs run: gpu or cpu.")] = "gpu",
+    paper: Annotated[
+        bool, typer.Option("--paper", help="The paper's set-up instead, and how well it is met.")
+    ] = False,
+    png: Annotated[Path | None, typer.Option(help="Picture: time against link rate.")] = None,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Where the predictions are written.")
+    ] = None,
+) -> None:
+    """Predict the first and the k-th token for bf16, int8, int4 and Lynx; where each is best."""
+    from lynx_connector.cli import run_plan
+
+    if paper:
+        run_plan.run_paper(png, json_path)
+        return
+    model_options = run_plan.ModelOptions(
+        model, layers, kv_heads, head_dim, dtype, tensor_parallel_size
+    )
+    conditions = run_plan.Conditions(
+        tokens or [4096],
+        link_mbit or [100.0, 1000.0, 10_000.0, 100_000.0],
+        step_ms,
+        prefill_tokens_s,
+        token,
+        codec,
+        anchor_bits,
+        final_tier,
+        device,
+    )
+    run_plan.run(model_options, conditions, png, json_path)
+
+
 @bench_app.command("codec")
 def bench_codec(
     model: Annotated[Path, typer.Option(help="Model folder.")],

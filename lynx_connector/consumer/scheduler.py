@@ -6,6 +6,7 @@ Pure Python; runs without torch. Implements `lynx_connector.scheduler.port.Specu
 
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from lynx_connector.metadata import (
     LynxWorkerMetadata,
     ReleaseRequest,
 )
+from lynx_connector.plan.meters import StepMeter
 from lynx_connector.protocol import Handoff, parse_handoff
 
 if TYPE_CHECKING:
@@ -67,6 +69,7 @@ class ConsumerScheduler:
         self._tp_size = tensor_parallel_size
         self._block_size = block_size
         self._events = events
+        self._steps = StepMeter()
         self._decodes: dict[str, _Decode] = {}
         self._loads: list[LoadRequest] = []
         self._cancelled: list[tuple[str, str]] = []
@@ -191,6 +194,7 @@ class ConsumerScheduler:
                 anchor_bits=handoff.lynx.anchor_bits if handoff else 4,
                 final_tier=handoff.lynx.final_tier if handoff else "residual",
                 tables=handoff.lynx.tables if handoff else [],
+                step_ms=self._steps.step_ms,
             )
         )
         self._events(
@@ -204,8 +208,12 @@ class ConsumerScheduler:
         if decode.speculative:
             self._started.append(request_id)
 
-    def fill(self, metadata: LynxMetadata) -> None:
-        """Hand this step's loads, cancellations and releases to the workers."""
+    def fill(self, metadata: LynxMetadata, scheduled: Mapping[str, int]) -> None:
+        """Hand this step's loads, cancellations and releases to the workers.
+
+        scheduled: tokens to compute by request, whose steps are timed.
+        """
+        self._steps.step(scheduled)
         metadata.loads, self._loads = self._loads, []
         metadata.cancelled, self._cancelled = self._cancelled, []
         metadata.releases, self._releases = self._releases, []
@@ -274,6 +282,12 @@ class ConsumerScheduler:
         """(request id, cause) of transfers lost after the anchor."""
         failed, self._failed = self._failed, []
         return failed
+
+    def draft_limit_of(self, request_id: str) -> int:
+        """The configured limit, or the producer's hint where that is lower."""
+        decode = self._decodes.get(request_id)
+        hint = decode.handoff.lynx.draft_limit if decode and decode.handoff else 0
+        return min(hint, self.draft_limit) if hint else self.draft_limit
 
     def cancel(self, request_id: str) -> None:
         """Stop the transfer of a request that goes on without it (preempted, recomputed)."""

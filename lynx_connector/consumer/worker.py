@@ -162,7 +162,14 @@ class ConsumerWorker:
         self._tables.hold(tables)
         self._active[load.request_id] = transfer
         address = (load.host, load.ports[self.rank])
-        self._loop.post(self._client.fetch, address, transfer, load.first_token, load.num_tokens)
+        self._loop.post(
+            self._client.fetch,
+            address,
+            transfer,
+            load.first_token,
+            load.num_tokens,
+            load.step_ms,
+        )
 
     def _advance(self, transfer: InboundTransfer, deadline: float) -> None:
         failure = transfer.failure

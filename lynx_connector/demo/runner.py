@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from lynx_connector.demo.client import stream_chat
-from lynx_connector.demo.cluster import Cluster
+from lynx_connector.demo.cluster import Cluster, Side
 from lynx_connector.demo.link import Link, loopback, open_link
 from lynx_connector.demo.live import LiveView, Run
 from lynx_connector.demo.model import ensure_model
@@ -88,7 +88,14 @@ def _on_link(
     runs = [Run("speculative start"), Run("blocking")]
     with (
         LiveView(console) as view,
-        Cluster(model, options.logs, link=link, dtype=options.dtype) as cluster,
+        # The demo shows drafts; a plan might send a fast link a plain copy.
+        Cluster(
+            model,
+            options.logs,
+            link=link,
+            dtype=options.dtype,
+            prefill=Side(lynx={"plan": "fixed"}),
+        ) as cluster,
     ):
         view.headline("starting prefill, decode and router (about a minute)")
         cluster.start(waiting=lambda ready: view.headline(_readiness(ready)))

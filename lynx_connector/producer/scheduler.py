@@ -17,6 +17,8 @@ from lynx_connector.config import (
 )
 from lynx_connector.events import EventLog
 from lynx_connector.metadata import EncodeChunk, EncodePlan, LynxMetadata, LynxWorkerMetadata
+from lynx_connector.plan.planner import Planner
+from lynx_connector.plan.policy import Choice, Wanted
 from lynx_connector.protocol import PROTOCOL_VERSION, TABLE_CODECS
 
 if TYPE_CHECKING:
@@ -38,6 +40,8 @@ class _Prefill:
     plan: EncodePlan | None = None
     """Decided at the first chunk and kept through preemptions, whatever is learned meanwhile."""
     arrived: float = field(default_factory=time.monotonic)
+    choice: Choice | None = None
+    """What the planner said of it."""
 
 
 class ProducerScheduler:
@@ -51,6 +55,7 @@ class ProducerScheduler:
         tensor_parallel_size: int,
         block_size: int,
         events: EventLog,
+        planner: Planner,
     ):
         self._config = config
         self._engine_id = engine_id
@@ -58,6 +63,7 @@ class ProducerScheduler:
         self._tp_size = tensor_parallel_size
         self._block_size = block_size
         self._events = events
+        self._planner = planner
         self._ports: list[int] = []
         self._prefills: dict[str, _Prefill] = {}
         self._dropped: list[str] = []
@@ -72,17 +78,26 @@ class ProducerScheduler:
     def update(self, report: LynxWorkerMetadata) -> None:
         """What the workers reported in this step."""
         self._tables.update(report.tables)
+        self._planner.update(report.link_mbit, report.step_ms)
 
-    def _choose(self) -> EncodePlan:
+    def _decide(self, request_id: str, prefill: _Prefill) -> EncodePlan:
         """How a request that begins now is encoded: with tables once all ranks have some."""
         codec, bits = self._config.codec, self._config.anchor_bits
+        if codec in TABLE_CODECS and len(self._tables) < self._tp_size:
+            codec, bits = FALLBACK_CODEC, DEFAULT_ANCHOR_BITS
+        choice = self._planner.plan(
+            request_id,
+            Wanted(codec, bits, self._config.final_tier.value),
+            prefill.num_tokens,
+            len(self._prefills),
+        )
         tables: tuple[str, ...] = ()
-        if codec in TABLE_CODECS:
-            if len(self._tables) == self._tp_size:
-                tables = tuple(self._tables[rank] for rank in range(self._tp_size))
-            else:
-                codec, bits = FALLBACK_CODEC, DEFAULT_ANCHOR_BITS
-        return EncodePlan(codec, bits, self._config.final_tier.value, tables)
+        if choice.codec in TABLE_CODECS:
+            tables = tuple(self._tables[rank] for rank in range(self._tp_size))
+        prefill.choice = choice
+        prefill.plan = EncodePlan(choice.codec, choice.anchor_bits, choice.final_tier, tables)
+        self._events("plan", request_id, prefill.transfer_id, plan=choice.name, why=choice.why)
+        return prefill.plan
 
     def add(self, request: "Request") -> None:
         """A new request; followed if a decode instance is to go on with it."""
@@ -140,9 +155,7 @@ class ProducerScheduler:
         start = prefill.submitted
         if end <= start:
             return
-        if prefill.plan is None:
-            prefill.plan = self._choose()
-            self._events("plan", request_id, prefill.transfer_id, plan=prefill.plan.label)
+        plan = prefill.plan or self._decide(request_id, prefill)
         first_block, last_block = start // self._block_size, -(-end // self._block_size)
         metadata.encode.append(
             EncodeChunk(
@@ -152,7 +165,7 @@ class ProducerScheduler:
                 start,
                 end,
                 prefill.block_ids[first_block:last_block],
-                prefill.plan,
+                plan,
                 fresh=max(start, computed),
             )
         )
@@ -180,7 +193,7 @@ class ProducerScheduler:
             self._dropped.append(request.request_id)
             return prefill.opened, None
         plan = prefill.plan
-        assert plan is not None  # every token was submitted
+        assert plan is not None and prefill.choice is not None  # every token was submitted
         self._events(
             "handoff",
             request.request_id,
@@ -205,6 +218,7 @@ class ProducerScheduler:
                 "anchor_bits": plan.anchor_bits,
                 "final_tier": plan.final_tier,
                 "tables": list(plan.tables),
+                "draft_limit": prefill.choice.draft_limit,
                 "exact_first": EXACT_FIRST_TOKENS,
                 "exact_last": self._config.exact_last_tokens,
                 "ports": self._ports,

@@ -90,6 +90,7 @@ class ProducerWorker:
         )
         port = config.listen_port + context.rank if config.listen_port else 0
         self._loop.run(self._server.start(port))
+        self._reported_mbit = self._reported_step_ms = 0.0
         self._transfers: dict[str, StagedTransfer] = {}
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._pending: dict[str, int] = {}
@@ -144,7 +145,20 @@ class ProducerWorker:
             "staging_limit_bytes": int(self._config.staging_bytes),
             "open_transfers": len(self._store),
             "connections": self._server.num_sessions,
+            "link_mbit": self._server.rates.mbit,
         }
+
+    # ---- what the plan needs --------------------------------------------------------------
+
+    def take_measured(self) -> tuple[dict[int, float], dict[int, float]]:
+        """(Mbit/s of this rank's link, ms of a decode step) by rank; empty where unchanged."""
+        mbit, step_ms = self._server.rates.mbit, self._server.step_ms
+        link, step = {}, {}
+        if _changed(self._reported_mbit, mbit):
+            self._reported_mbit = link[self.rank] = mbit
+        if _changed(self._reported_step_ms, step_ms):
+            self._reported_step_ms = step[self.rank] = step_ms
+        return link, step
 
     # ---- called by the connector within a step ------------------------------------------
 
@@ -289,3 +303,8 @@ class ProducerWorker:
         if self._learning is not None:
             self._learning.stop()
         self._loop.run(self._server.stop(), timeout=5.0)
+
+
+def _changed(reported: float, now: float) -> bool:
+    """Whether a measurement is known and differs by more than 2 % from what was reported."""
+    return now > 0 and abs(now - reported) > 0.02 * reported

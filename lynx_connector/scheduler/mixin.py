@@ -100,7 +100,7 @@ class SpeculativeStartMixin(_Base):
         if params.eos_token_id is not None:
             terminal.add(params.eos_token_id)
         self._drafting[request.request_id] = Drafting.start(
-            draft_limit=self._port.draft_limit,
+            draft_limit=self._port.draft_limit_of(request.request_id),
             max_tokens=request.max_tokens,
             context_left=self.max_model_len - request.num_prompt_tokens,
             terminal=terminal,

@@ -14,7 +14,7 @@ class SpeculationPort(Protocol):
     """
 
     draft_limit: int
-    """Most tokens that may be drafted for one request."""
+    """Most tokens that may be drafted for any request."""
 
     verify_rows: int
     """Most one-token rows that one request gets in one verification step."""
@@ -27,6 +27,9 @@ class SpeculationPort(Protocol):
 
     def take_failed(self) -> list[tuple[str, str]]:
         """(request id, cause) of transfers lost after their load was allocated."""
+
+    def draft_limit_of(self, request_id: str) -> int:
+        """Most tokens to draft for this request, `draft_limit` or less."""
 
     def cancel(self, request_id: str) -> None:
         """Drop the request's transfer; idempotent.

@@ -82,9 +82,16 @@ class TierClient:
         self._peers: dict[Address, _Peer] = {}
         self._tasks: set[asyncio.Task] = set()
 
-    def fetch(self, address: Address, sink: Sink, first_token: int, num_tokens: int) -> None:
-        """Ask for the tiers of a transfer; the sink hears the rest."""
-        message = protocol.Fetch(sink.transfer_id, first_token, num_tokens)
+    def fetch(
+        self,
+        address: Address,
+        sink: Sink,
+        first_token: int,
+        num_tokens: int,
+        step_ms: float = 0.0,
+    ) -> None:
+        """Ask for the tiers of a transfer; the sink hears the rest. step_ms: see `Fetch`."""
+        message = protocol.Fetch(sink.transfer_id, first_token, num_tokens, step_ms)
         self._spawn(self._fetch(address, sink, message))
 
     async def _fetch(self, address: Address, sink: Sink, message: protocol.Fetch) -> None:

@@ -20,6 +20,7 @@ from lynx_connector.producer.staging import StagedTransfer, StagingStore
 from lynx_connector.transport.connection import Connection, checksum
 from lynx_connector.transport.handshake import Identity, welcome
 from lynx_connector.transport.pacing import RateLimiter
+from lynx_connector.transport.rate import RateMeter
 
 logger = logging.getLogger("vllm.lynx.server")
 
@@ -58,6 +59,9 @@ class TierServer:
         self._frame_bytes = frame_bytes
         self._limiter = RateLimiter(link_mbit)
         self._sessions: set[_Session] = set()
+        self.rates = RateMeter()
+        self.step_ms = 0.0
+        """Decode step time that a consumer named last; 0: none has."""
         self.port = 0
 
     async def start(self, port: int) -> None:
@@ -181,6 +185,7 @@ class _Session:
             await self._connection.send(protocol.Failure(fetch.transfer_id, str(error)))
             return
         transfer.touch()
+        self._server.step_ms = fetch.step_ms or self._server.step_ms
         self._server._events(
             "fetch",
             transfer.request_id,
@@ -265,7 +270,7 @@ class _Session:
         if stream.finished:
             self._streams.remove(stream)
         await window.acquire()
-        waited, began = stream.waited(out), time.monotonic()
+        waited, began = stream.waited(out), self._server.rates.now()
         await self._server._limiter.acquire(out.payload.nbytes)
         if stream.transfer.dropped:
             window.release()
@@ -285,6 +290,9 @@ class _Session:
         send = asyncio.ensure_future(self._connection.send(frame, out.payload))
         send.add_done_callback(_freed(window))
         send.add_done_callback(_count(stream, out, waited, began, self._server._events))
+        send.add_done_callback(
+            self._server.rates.on_sent(self._connection.peer, out.payload.nbytes, began)
+        )
         if stream.finished:
             send.add_done_callback(_report(stream, self._server._events))
 

@@ -43,7 +43,7 @@ def pair(model, tmp_path_factory):
         link=loopback(LINK_MBIT),
         dtype="float32",
         prefill=Side(
-            lynx={"tables_dir": str(folder / "tables-prefill")},
+            lynx={"tables_dir": str(folder / "tables-prefill"), "plan": "fixed"},
             vllm_args=["--max-num-batched-tokens", str(PREFILL_CHUNK), "--served-model-name", "m"],
         ),
         decode=Side(

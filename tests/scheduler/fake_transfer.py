@@ -68,6 +68,9 @@ class FakePort:
         self.failed: list[tuple[str, str]] = []
         self.events: list[dict[str, Any]] = []
 
+    def draft_limit_of(self, request_id: str) -> int:
+        return self.draft_limit
+
     def take_started(self) -> list[str]:
         taken, self.started = self.started, []
         return taken

@@ -8,15 +8,18 @@ from types import SimpleNamespace
 
 import pytest
 
-from lynx_connector.config import LynxConfig
+from lynx_connector.config import LynxConfig, PlanMode
 from lynx_connector.consumer.scheduler import ConsumerScheduler
 from lynx_connector.events import EventLog
 from lynx_connector.metadata import LynxMetadata, LynxWorkerMetadata
+from lynx_connector.plan import KVShape
+from lynx_connector.plan.planner import Planner
 from lynx_connector.producer.scheduler import ProducerScheduler
 from lynx_connector.protocol import parse_handoff
 
 BLOCK = 16
 NO_EVENTS = EventLog(None, "test")
+SHAPE = KVShape(30, 3, 64)
 
 
 class Status(enum.Enum):
@@ -51,7 +54,13 @@ def test_halves_and_states_run_without_torch():
 
 def producer(tp=1, tables=None, **config):
     half = ProducerScheduler(
-        LynxConfig(**{"codec": "klt"} | config), "engine", "10.0.0.1", tp, BLOCK, NO_EVENTS
+        settings := LynxConfig(**{"codec": "klt"} | config),
+        "engine",
+        "10.0.0.1",
+        tp,
+        BLOCK,
+        NO_EVENTS,
+        Planner(settings.plan is PlanMode.AUTO, SHAPE, "gpu"),
     )
     half.set_workers([7600 + rank for rank in range(tp)], tables or [""] * tp)
     return half
@@ -164,6 +173,33 @@ def test_all_ranks_need_tables_before_any_request_uses_them():
     assert run(half, "c")[1].tables == [OTHER, NEW]
 
 
+def test_a_plain_copy_once_the_link_is_known_to_be_fast():
+    half = producer(plan="auto", tables=[OLD], final_tier="exact")
+    assert run(half, "first")[0].codec == "klt"  # nothing is measured yet
+    half.update(LynxWorkerMetadata(link_mbit={0: 200_000.0}, step_ms={0: 30.0}))
+    plan, lynx = run(half, "second")
+    assert (plan.codec, plan.tables, plan.final_tier) == ("bf16", (), "exact")
+    assert (lynx.codec, lynx.tables, lynx.draft_limit) == ("bf16", [], 0)
+    half.update(LynxWorkerMetadata(link_mbit={0: 20.0}))
+    plan, lynx = run(half, "third")
+    assert (plan.codec, plan.tables, plan.final_tier) == ("klt", (OLD,), "exact")
+    assert lynx.anchor_bits == plan.anchor_bits
+    assert 1 <= lynx.draft_limit <= 64
+
+
+def test_the_slowest_rank_decides():
+    half = producer(tp=2, codec="hadamard", plan="auto")
+    reports = LynxWorkerMetadata(link_mbit={0: 200_000.0})
+    half.update(reports.aggregate(LynxWorkerMetadata(link_mbit={1: 1.0})))
+    assert run(half, "r")[0].codec == "hadamard"
+
+
+def test_fixed_plans_follow_the_configuration_on_any_link():
+    half = producer(codec="hadamard", plan="fixed")
+    half.update(LynxWorkerMetadata(link_mbit={0: 1e6}))
+    assert run(half, "r")[0].codec == "hadamard"
+
+
 def test_tokens_of_the_prefix_cache_are_marked_as_seen():
     half = producer()
     half.add(request(params=PREFILL))
@@ -245,7 +281,7 @@ def admit(half, one, local=0):
     count, asynchronous = half.match(one, local)
     half.allocated(one, blocks(7), count)
     metadata = LynxMetadata()
-    half.fill(metadata)
+    half.fill(metadata, {})
     return count, asynchronous, metadata
 
 
@@ -257,6 +293,15 @@ def test_load_carries_what_the_handoff_says_of_codec_and_tables():
     (load,) = admit(half, one)[2].loads
     assert (load.codec, load.anchor_bits, load.final_tier) == ("klt", 3, "exact")
     assert load.tables == [OLD, NEW]
+
+
+def test_draft_limit_is_the_lower_of_ours_and_the_producers():
+    half = consumer()
+    for name, hint in (("none", 0), ("low", 5), ("high", 900)):
+        one = request(name, params=handoff(draft_limit=hint) | {"remote_request_id": name})
+        half.add(one)
+    limits = [half.draft_limit_of(name) for name in ("none", "low", "high", "stranger")]
+    assert limits == [64, 5, 64, 64]
 
 
 def test_load_starts_behind_the_local_prefix():
@@ -341,7 +386,7 @@ def test_request_that_ends_before_its_load_releases_the_producer():
     half.add(one)
     half.finish(one)
     metadata = LynxMetadata()
-    half.fill(metadata)
+    half.fill(metadata, {})
     assert [release.transfer_id for release in metadata.releases] == ["t"]
     assert half.num_decodes == 0
 
@@ -362,7 +407,7 @@ def test_abort_cancels_what_is_under_way_and_only_that():
     admit(half, one)
     half.finish(one)
     metadata = LynxMetadata()
-    half.fill(metadata)
+    half.fill(metadata, {})
     assert [name for name, _ in metadata.cancelled] == ["r"]
 
     done = request("done", params=handoff())
@@ -371,7 +416,7 @@ def test_abort_cancels_what_is_under_way_and_only_that():
     half.update(LynxWorkerMetadata(refined={"done": 1}))
     half.finish(done)
     metadata = LynxMetadata()
-    half.fill(metadata)
+    half.fill(metadata, {})
     assert metadata.cancelled == []
 
 
