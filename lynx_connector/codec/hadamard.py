@@ -81,3 +81,25 @@ class HadamardCodec(Codec):
         residual = tiers[1] if len(tiers) == 2 else None
         for layer in range(cache.num_layers):
             hadamard_cpu.decode_layer(cache, layer, slots, tiers[0], residual)
+
+    def encode_device(
+        self,
+        cache: PagedKVCache,
+        slots: torch.Tensor,
+        out: Mapping[Tier, torch.Tensor],
+        first_position: int = 0,
+    ) -> None:
+        from lynx_kernels import hadamard_triton
+
+        hadamard_triton.encode(cache, slots, out[Tier.ANCHOR], out[Tier.RESIDUAL])
+
+    def decode_device(
+        self,
+        tiers: Sequence[torch.Tensor],
+        cache: PagedKVCache,
+        slots: torch.Tensor,
+        first_position: int = 0,
+    ) -> None:
+        from lynx_kernels import hadamard_triton
+
+        hadamard_triton.decode(cache, slots, tiers[0], tiers[1] if len(tiers) == 2 else None)

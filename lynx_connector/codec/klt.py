@@ -79,9 +79,9 @@ class KltCodec(Codec):
     def error_tilt(self) -> NDArray[np.int16]:
         return self._tilt
 
-    def warmup(self) -> None:
-        page = torch.zeros(1, 1, 1, 2 * self.geometry.head_dim, dtype=self.dtype)
-        klt_cpu.compile_kernels(page.element_size())
+    def warmup(self, cache: PagedKVCache | None = None) -> None:
+        if cache is None or cache.device.type == "cpu":
+            klt_cpu.compile_kernels(self.dtype.itemsize)
 
     @functools.cached_property
     def _layers(self) -> klt_cpu.KltLayers:

@@ -10,6 +10,7 @@ import time
 import numpy as np
 import torch
 from lynx_kernels.paged import PagedKVCache, PageIndex
+from lynx_kernels.rotation import NO_ROTATION
 
 from lynx_connector.codec import KVGeometry
 from lynx_connector.codec.klt_learner import TableLearner
@@ -81,7 +82,7 @@ def context(loop, cache, config, dtype, size=1, rank=0):
         rank=rank,
         tensor_parallel_size=size,
         geometry=geometry(dtype),
-        rotary=None,
+        rotation=NO_ROTATION,
         cache=cache,
         block_size=BLOCK,
         loop=loop,
