@@ -132,12 +132,15 @@ class Consumer:
         self.loop.post(self.clients[client].fetch, self.address, sink, 0, tokens)
         return sink
 
-    def probe(self, client: int) -> tuple[float, float]:
-        """Milliseconds to the first frame and to the whole anchor of a short transfer."""
+    def probe(self, client: int, *, idle: bool = False) -> tuple[float, float]:
+        """Milliseconds to the first frame and to the whole anchor of a short transfer.
+
+        idle: leave the link idle again.
+        """
         started = time.monotonic()
         sink = self.fetch(client, f"late-{self.late}", LATE_TOKENS)
         self.late += 1
-        until(lambda: sink.anchored_at)
+        until(lambda: sink.done if idle else sink.anchored_at)
         return 1e3 * (sink.frames[0][0] - started), 1e3 * (sink.anchored_at - started)
 
 
@@ -146,8 +149,8 @@ def consume(host: str, port: int, probes: int) -> dict:
     consumer = Consumer(host, port)
     rows: dict[str, list[tuple[float, float]]] = {}
     for client in (0, 1):
-        consumer.probe(client)  # connects
-    rows["idle"] = [consumer.probe(0) for _ in range(probes)]
+        consumer.probe(client, idle=True)  # connects
+    rows["idle link"] = [consumer.probe(0, idle=True) for _ in range(probes)]
     bulks: list[Arrivals] = []
     sleeper = random.Random(1)
     for name, client in (("same connection", 0), ("another connection", 1)):
@@ -162,6 +165,7 @@ def consume(host: str, port: int, probes: int) -> dict:
             row = consumer.probe(client)
             if not bulks[-1].done:
                 rows[name].append(row)
+    until(lambda: bulks[-1].done)
     full = consumer.fetch(0, f"bulk-{len(bulks)}", BULK_TOKENS)
     until(lambda: full.done)
     sent = sum(size for _, _, size in full.frames[1:])

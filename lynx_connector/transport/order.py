@@ -60,9 +60,7 @@ class SendOrder(Generic[S]):
         """Forget a source: finished or cancelled."""
         self._since.pop(source, None)
 
-    def next(
-        self, now: float, frame_bytes: int, accepts: Callable[[Hashable], bool]
-    ) -> S | None:
+    def next(self, now: float, frame_bytes: int, accepts: Callable[[Hashable], bool]) -> S | None:
         """The source whose frame goes next, None if there is none; then call `sent`.
 
         accepts: whether a connection may be sent more. What waits for its own connection does not
