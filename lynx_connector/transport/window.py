@@ -15,6 +15,9 @@ MIN_FRAME_BYTES = 64 << 10
 _MEMORY = 7 / 8
 """Weight of what was known of the rate when another frame has landed."""
 
+_SLACK = 1.25
+"""The rate, and so the frame, wavers: a frame in flight may be a little more than the next one."""
+
 OVERDUE_SECONDS = 0.25
 
 
@@ -78,12 +81,12 @@ class Window:
             for connection, state in self._connections.items()
             if not self.overdue(connection, now)
         )
-        return filled <= self.frame_bytes
+        return filled <= _SLACK * self.frame_bytes
 
     def accepts(self, connection: Hashable) -> bool:
         """Whether a connection may be given another frame."""
         state = self._connections.get(connection)
-        return state is None or state.num_bytes <= self.frame_bytes
+        return state is None or state.num_bytes <= _SLACK * self.frame_bytes
 
     def sent(self, connection: Hashable, num_bytes: int, now: float) -> Flight:
         """Count a frame as in flight."""
