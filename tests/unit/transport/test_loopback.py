@@ -245,9 +245,9 @@ def test_secrets(loop, producer, consumer, cause):
 
 
 def test_corrupt_frame_is_caught(pair, monkeypatch):
-    from lynx_connector.transport import server
+    from lynx_connector.transport import sources
 
-    monkeypatch.setattr(server, "checksum", lambda payload: 7)
+    monkeypatch.setattr(sources, "checksum", lambda payload: 7)
     pair.stage()
     inbound = pair.fetch()
     until(lambda: inbound.failure)
