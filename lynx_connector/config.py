@@ -120,6 +120,21 @@ class LynxConfig(BaseModel):
         description="Host memory for encoded tiers, per worker. A full staging refuses new "
         "transfers (producer) or queues them (consumer).",
     )
+    early_reply: bool = Field(
+        True,
+        description="Producer: answer the router when a prefill is first scheduled, so that its "
+        "KV crosses the network while it runs (needs LynxScheduler); else when it has ended.",
+    )
+    waiting_tokens: Annotated[int, Field(ge=0)] = Field(
+        0,
+        description="Consumer: most prompt tokens whose KV blocks are held by requests that wait "
+        "for a prefill that still runs; more of them wait without blocks. 0: half of the cache.",
+    )
+    bootstrap_port: Annotated[int, Field(ge=0, le=65535)] = Field(
+        0,
+        description="Producer: TCP port of the HTTP server for routers that speak Mooncake's "
+        "handoff (`GET /query`, `transfer_id`); 0: none.",
+    )
     lease_seconds: Annotated[float, Field(gt=0, le=86400)] = Field(
         120.0,
         description="Producer: how long finished tiers wait without contact before they are "

@@ -25,8 +25,9 @@ from lynx_connector.config import LynxConfig
 from lynx_connector.consumer.scheduler import ConsumerScheduler
 from lynx_connector.events import EventLog
 from lynx_connector.metadata import LynxHandshakeMetadata, LynxMetadata, LynxWorkerMetadata
+from lynx_connector.producer.bootstrap import BootstrapServer
 from lynx_connector.producer.scheduler import ProducerScheduler
-from lynx_connector.scheduler.port import SpeculationPort
+from lynx_connector.scheduler.port import EarlyReplyPort, SpeculationPort
 
 if TYPE_CHECKING:
     import torch
@@ -67,6 +68,7 @@ class LynxConnector(KVConnectorBase_V1):
         self._consumer: ConsumerScheduler | None = None
         self._producer_worker: ProducerWorker | None = None
         self._consumer_worker: ConsumerWorker | None = None
+        self._bootstrap: BootstrapServer | None = None
         if role == KVConnectorRole.SCHEDULER:
             self._init_scheduler(vllm_config)
 
@@ -76,6 +78,9 @@ class LynxConnector(KVConnectorBase_V1):
         transfer = vllm_config.kv_transfer_config
         tp_size = vllm_config.parallel_config.tensor_parallel_size
         if transfer.is_kv_producer:
+            compat.check_bootstrap(self._config, vllm_config)
+            if self._config.bootstrap_port:
+                self._bootstrap = BootstrapServer(self._config.bootstrap_port, transfer.engine_id)
             self._producer = ProducerScheduler(
                 self._config,
                 transfer.engine_id,
@@ -83,8 +88,16 @@ class LynxConnector(KVConnectorBase_V1):
                 tp_size,
                 self._block_size,
                 self._events,
+                self._bootstrap,
+            )
+            early = self._config.early_reply and compat.has_lynx_scheduler(vllm_config)
+            logger.info(
+                "lynx: prefills are answered when they %s%s",
+                "are first scheduled" if early else "have ended",
+                "" if early == self._config.early_reply else ": early_reply needs LynxScheduler",
             )
         if transfer.is_kv_consumer:
+            cache_tokens = self._kv_cache_config.num_blocks * self._block_size
             self._consumer = ConsumerScheduler(
                 self._config,
                 self._speculative,
@@ -93,6 +106,7 @@ class LynxConnector(KVConnectorBase_V1):
                 tp_size,
                 self._block_size,
                 self._events,
+                self._config.waiting_tokens or cache_tokens // 2,
             )
             logger.info(
                 "lynx: decode requests start %s; on a failed transfer: %s",
@@ -106,6 +120,11 @@ class LynxConnector(KVConnectorBase_V1):
     def speculation(self) -> SpeculationPort | None:
         """What LynxScheduler needs; None on an instance that never consumes."""
         return self._consumer
+
+    @property
+    def early_replies(self) -> EarlyReplyPort | None:
+        """What LynxScheduler needs to answer prefills early; None on an instance without them."""
+        return self._producer
 
     def on_new_request(self, request: "Request") -> None:
         if self._producer:
@@ -123,6 +142,11 @@ class LynxConnector(KVConnectorBase_V1):
     ) -> None:
         if self._consumer:
             self._consumer.allocated(request, blocks, num_external_tokens)
+
+    def has_pending_push_work(self) -> bool:
+        """Keeps the engine stepping while transfers have to be given back that it does not know
+        yet."""
+        return self._consumer is not None and self._consumer.has_orphans
 
     def build_connector_meta(self, scheduler_output: "SchedulerOutput") -> LynxMetadata:
         metadata = LynxMetadata()
@@ -253,9 +277,14 @@ class LynxConnector(KVConnectorBase_V1):
             report = self._consumer_worker.take_report()
         if self._producer_worker:
             report.tables = self._producer_worker.take_report()
+            report.unwanted = self._producer_worker.take_unwanted()
         return report if report else None
 
     def shutdown(self) -> None:
+        if self._bootstrap:
+            self._bootstrap.stop()
+        if self._consumer:
+            self._consumer.stop()
         if self._producer_worker:
             self._producer_worker.stop()
         if self._consumer_worker or self._producer_worker:

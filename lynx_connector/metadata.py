@@ -99,10 +99,12 @@ class LynxWorkerMetadata:
     """Request id -> cause, for transfers lost after the anchor was reported."""
     tables: dict[int, str] = field(default_factory=dict)
     """Producer: rank -> digest of the tables that its next requests may use."""
+    unwanted: set[str] = field(default_factory=set)
+    """Producer: request ids whose transfer was released before their prefill had ended."""
 
     def __bool__(self) -> bool:
         """Whether there is anything to report."""
-        return bool(self.anchored or self.refined or self.failed or self.tables)
+        return bool(self.anchored or self.refined or self.failed or self.tables or self.unwanted)
 
     def aggregate(self, other: "LynxWorkerMetadata") -> "LynxWorkerMetadata":
         """Combine the reports of two ranks."""
@@ -111,6 +113,7 @@ class LynxWorkerMetadata:
         self.failed.update(other.failed)
         self.anchored.update(other.anchored)
         self.tables.update(other.tables)
+        self.unwanted |= other.unwanted
         return self
 
 

@@ -16,6 +16,8 @@ import struct
 from typing import Annotated, Any, Literal
 
 import msgspec
+import numpy as np
+import xxhash
 from msgspec import Meta
 
 from lynx_connector.errors import ProtocolError
@@ -234,6 +236,10 @@ class LynxParams(msgspec.Struct, forbid_unknown_fields=False):
     anchor_bits: AnchorBits
     final_tier: FinalTier
     tables: Annotated[list[Digest], Meta(max_length=512)]
+    early: bool = False
+    """The prefill still ran when this was said; how it ends comes over the transport."""
+    prompt: Annotated[str, Meta(max_length=16)] = ""
+    """`prompt_digest` of the prompt; empty where it has no token ids."""
 
 
 class Handoff(msgspec.Struct, forbid_unknown_fields=False):
@@ -255,6 +261,52 @@ class Handoff(msgspec.Struct, forbid_unknown_fields=False):
     def address(self, rank: int) -> tuple[str, int]:
         """Where the producer's worker `rank` listens."""
         return self.remote_host, self.lynx.ports[rank]
+
+
+class MooncakeLeg(msgspec.Struct, forbid_unknown_fields=False):
+    """A decode leg of a router that speaks Mooncake's handoff.
+
+    Source of the shape: mooncake/mooncake_connector.py beside the NIXL connector.
+    """
+
+    transfer_id: Id
+    remote_engine_id: Id
+    remote_bootstrap_addr: Annotated[str, Meta(max_length=256, pattern=r"^https?://[^/?#@\s]+/?\Z")]
+
+
+class BootstrapAnswer(msgspec.Struct, omit_defaults=True):
+    """What a prefill's bootstrap server says of a transfer.
+
+    unknown: no prefill leg has come (or it was long ago). pending: it waits for its turn. ready:
+    `handoff` is what a reply in the NIXL shape would carry. failed: `cause` says why.
+    """
+
+    state: Literal["unknown", "pending", "ready", "failed"]
+    handoff: dict[str, Any] | None = None
+    cause: Text = ""
+
+
+def prompt_digest(token_ids: list[int] | None) -> str:
+    """xxh3-64 of a prompt's token ids (int64, little-endian) as hex; empty for None."""
+    if token_ids is None:
+        return ""
+    return xxhash.xxh3_64_hexdigest(np.asarray(token_ids, "<i8").tobytes())
+
+
+def parse_mooncake_leg(params: dict[str, Any]) -> MooncakeLeg | None:
+    """A decode leg in Mooncake's shape; None if it has another one.
+
+    Raises:
+        ProtocolError: naming what is missing or wrong.
+    """
+    if "lynx" in params or "remote_bootstrap_addr" not in params:
+        return None
+    try:
+        leg = msgspec.convert(params, MooncakeLeg)
+    except msgspec.ValidationError as error:
+        raise ProtocolError(f"malformed kv_transfer_params: {error}") from None
+    leg.remote_bootstrap_addr = leg.remote_bootstrap_addr.rstrip("/")
+    return leg
 
 
 def parse_handoff(params: dict[str, Any]) -> Handoff:

@@ -11,10 +11,8 @@ from lynx_connector.transfer import TierBuffers
 
 
 class StagedTransfer:
-    """One request's tiers. Rows of tokens below `encoded` are final.
-
-    `encoded` grows with the prefill; a preemption (`restarts`) sends it back to 0.
-    """
+    """One request's tiers. Rows of tokens below `encoded`, which grows with the prefill, are
+    final."""
 
     def __init__(
         self,
@@ -33,13 +31,7 @@ class StagedTransfer:
         self.num_bytes = buffers.num_bytes
         self.encoded = 0
         self.dropped = False
-        self.restarts = 0
         self._touched = time.monotonic()
-
-    def restart(self) -> None:
-        """The prefill starts over; what was encoded is not sent."""
-        self.encoded = 0
-        self.buffers.forget_encoded()
 
     def touch(self) -> None:
         """Contact with a consumer: the lease starts anew."""
@@ -66,6 +58,7 @@ class StagingStore:
         self._lock = threading.Lock()
         self._transfers: dict[str, StagedTransfer] = {}
         self._causes: dict[str, str] = {}
+        self._unwanted: set[str] = set()
         self.used_bytes = 0
 
     def __len__(self) -> int:
@@ -148,6 +141,19 @@ class StagingStore:
             staging_bytes=left,
         )
         return transfer
+
+    def release(self, transfer_id: str, cause: str) -> None:
+        """The consumer needs a transfer no more; its prefill may still run."""
+        transfer = self.drop(transfer_id, cause)
+        if transfer is not None and transfer.encoded < transfer.num_tokens:
+            with self._lock:
+                self._unwanted.add(transfer.request_id)
+
+    def take_unwanted(self) -> set[str]:
+        """Requests whose transfer was released before it was whole, since the last call."""
+        with self._lock:
+            unwanted, self._unwanted = self._unwanted, set()
+        return unwanted
 
     def expire(self) -> list[StagedTransfer]:
         """Drop every complete transfer whose lease has run out, and return them."""

@@ -37,8 +37,6 @@ class _Job:
     transfer: StagedTransfer
     tokens: TokenRange
     slots: np.ndarray
-    restarts: int
-    """Value of `transfer.restarts` when the job was queued; a later one makes the job void."""
     fresh: int
     """First token not seen before: those of the prefix cache teach nothing new."""
     ready: object | None
@@ -137,6 +135,10 @@ class ProducerWorker:
         digest = self._tables.take_report()
         return {} if digest is None else {self._rank: digest}
 
+    def take_unwanted(self) -> set[str]:
+        """Requests that their consumer gave up while they run."""
+        return self._store.take_unwanted()
+
     # ---- called by the connector within a step ------------------------------------------
 
     def apply_drops(self, metadata: LynxMetadata) -> None:
@@ -144,12 +146,10 @@ class ProducerWorker:
         for request_id in metadata.dropped:
             if transfer := self._transfers.get(request_id):
                 self._store.drop(transfer.transfer_id, "request ended before its prefill did")
-        for request_id in metadata.preempted:
-            if transfer := self._transfers.get(request_id):
-                # Its prefill starts over; what was encoded would only be encoded again.
-                transfer.restarts += 1
-                self._wait_idle(request_id)
-                transfer.restart()
+        for request_id in metadata.preempted & self._transfers.keys():
+            self._wait_idle(request_id)  # the encoder reads its blocks
+        if metadata.dropped:
+            self._loop.post(self._server.notify)  # consumers that wait hear of it
 
     def submit(self, metadata: LynxMetadata) -> None:
         """After the step's forward pass: queue its finished chunks."""
@@ -165,7 +165,7 @@ class ProducerWorker:
             slots = slots_of(tokens, chunk.block_ids, first_block, self._block_size)
             with self._pending_changed:
                 self._pending[chunk.request_id] = self._pending.get(chunk.request_id, 0) + 1
-            self._jobs.put(_Job(transfer, tokens, slots, transfer.restarts, chunk.fresh, ready))
+            self._jobs.put(_Job(transfer, tokens, slots, chunk.fresh, ready))
 
     def take_finished(self, finished_request_ids: set[str]) -> set[str]:
         """Finished requests whose blocks are not read any more (vLLM then frees them)."""
@@ -241,7 +241,7 @@ class ProducerWorker:
         began = time.monotonic()
         with self._stream.after(job.ready):
             for piece, tokens in transfer.buffers.overlapping(job.tokens):
-                if transfer.dropped or transfer.restarts != job.restarts:
+                if transfer.dropped:
                     return
                 self._chunks.encode(piece, tokens, job.slots_of(tokens))
         if not self._store.resize(transfer):
@@ -265,7 +265,7 @@ class ProducerWorker:
         unseen = TokenRange(max(job.tokens.start, job.fresh), job.tokens.end)
         with self._stream.after(job.ready):
             for piece, tokens in job.transfer.buffers.overlapping(unseen):
-                if piece.codec is not self._exact and job.transfer.restarts == job.restarts:
+                if piece.codec is not self._exact:
                     learning.observe(self._cache, job.slots_of(tokens), tokens.start)
 
     def _wait_idle(self, request_id: str) -> None:

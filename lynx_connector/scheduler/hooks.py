@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every touch of vLLM's scheduler internals that speculative start needs, one function each.
+"""Every touch of vLLM's scheduler internals that Lynx needs, one function each.
 
 Written against vLLM 0.32. In the line references S is vllm/v1/core/sched/scheduler.py, A is
 vllm/v1/core/sched/async_scheduler.py, R1 and R2 are the model runners
@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING
 
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import NewRequestData
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 
 from lynx_connector.scheduler import shadows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+    from typing import Any
 
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.core.sched.scheduler import Scheduler
@@ -288,3 +290,31 @@ def inject(
             result, req_id_to_index=index, sampled_token_ids=sampled, logprobs=logprobs
         ),
     )
+
+
+def answer(
+    scheduler: Scheduler,
+    outputs: dict[int, EngineCoreOutputs],
+    request: Request,
+    kv_transfer_params: dict[str, Any],
+) -> None:
+    """Add the final output of a request that goes on running, with no token.
+
+    The front end closes the request with it, and passes over later outputs of an id that it does
+    not know (vllm/v1/engine/output_processor.py:714). Statistics are handed out once, as with a
+    first token (S:2207).
+    """
+    stats = request.take_prefill_stats()
+    if stats is not None:
+        stats.finalize(scheduler.kv_cache_manager.estimate_cached_tokens(request))
+        kv_transfer_params["remote_prefill_cached_tokens"] = stats.num_cached_tokens  # S:2239
+    output = EngineCoreOutput(
+        request_id=request.request_id,
+        new_token_ids=[],
+        finish_reason=FinishReason.LENGTH,
+        events=request.take_events(),
+        kv_transfer_params=kv_transfer_params,
+        trace_headers=request.trace_headers,
+        prefill_stats=stats,
+    )
+    outputs.setdefault(request.client_index, EngineCoreOutputs()).outputs.append(output)

@@ -20,6 +20,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
 from lynx_connector.scheduler import grammar, hooks, startup
+from lynx_connector.scheduler.early_reply import EarlyReplyMixin
 from lynx_connector.scheduler.states import Drafting, PauseReason, Verifying, VerifyPath
 from lynx_connector.scheduler.verifier import Verifier
 
@@ -282,9 +283,9 @@ class SpeculativeStartMixin(_Base):
         return super()._free_request(request, delay_free_blocks)
 
 
-class LynxScheduler(SpeculativeStartMixin, Scheduler):
-    """vLLM's synchronous scheduler with speculative start."""
+class LynxScheduler(SpeculativeStartMixin, EarlyReplyMixin, Scheduler):
+    """vLLM's synchronous scheduler: speculative start of decodes, early reply to prefills."""
 
 
-class LynxAsyncScheduler(SpeculativeStartMixin, AsyncScheduler):
-    """vLLM's asynchronous scheduler with speculative start."""
+class LynxAsyncScheduler(SpeculativeStartMixin, EarlyReplyMixin, AsyncScheduler):
+    """vLLM's asynchronous scheduler: speculative start of decodes, early reply to prefills."""

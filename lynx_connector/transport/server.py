@@ -199,7 +199,7 @@ class _Session:
         self._streams = [
             stream for stream in self._streams if stream.transfer.transfer_id != release.transfer_id
         ]
-        self._server._store.drop(release.transfer_id, release.cause)
+        self._server._store.release(release.transfer_id, release.cause)
 
     def renew_leases(self) -> None:
         """A transfer that waits for its turn on the link is in contact."""
