@@ -10,6 +10,7 @@ Version history:
     2  learned tables (announced in Welcome, TablesRequest, Tables, NoTables); anchor frames carry
        vectors that travel raw; a third, variable-length tier; the handoff names anchor_bits,
        final_tier and tables.
+    3  the first token: in the handoff, or in Prefilled after an early reply.
 """
 
 import struct
@@ -20,7 +21,7 @@ from msgspec import Meta
 
 from lynx_connector.errors import ProtocolError
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 SLOT_BYTES = 1024
 _LENGTH = struct.Struct("<4sI")
@@ -36,6 +37,7 @@ Count = Annotated[int, Meta(ge=0, le=1 << 40)]
 Nonce = Annotated[bytes, Meta(max_length=64)]
 PayloadBytes = Annotated[int, Meta(ge=1, le=1 << 30)]
 Checksum = Annotated[int, Meta(ge=0)]
+TokenId = Annotated[int, Meta(ge=0, lt=1 << 31)]
 # Digests become file names: nothing but hex digits may pass. \Z, since $ allows a final newline.
 Digest = Annotated[str, Meta(pattern=r"^[0-9a-f]{32}\Z")]
 MaybeDigest = Annotated[str, Meta(pattern=r"^(?:[0-9a-f]{32})?\Z")]
@@ -111,6 +113,18 @@ class Failure(Message):
     cause: Text
 
 
+class Prefilled(Message):
+    """Producer: the prefill of a transfer that was answered early has ended.
+
+    `first_token` is what it sampled, None where that is not handed over. With a `cause` the
+    prefill has failed, and so has the transfer.
+    """
+
+    transfer_id: Id
+    first_token: TokenId | None = None
+    cause: Text = ""
+
+
 class TablesRequest(Message):
     """Consumer asks for learned tables; answered by `Tables` or `NoTables`."""
 
@@ -173,6 +187,7 @@ AnyMessage = (
     | Fetch
     | Release
     | Failure
+    | Prefilled
     | TablesRequest
     | Tables
     | NoTables
@@ -222,7 +237,9 @@ class LynxParams(msgspec.Struct, forbid_unknown_fields=False):
 
     Unknown fields are ignored, so that a newer producer can add some without a new version.
     `tables` holds a digest per rank for a codec with learned tables, and is empty for the others.
-    `final_tier` is the tier that verification waits for.
+    `final_tier` is the tier that verification waits for. `first_token` is what the prefill sampled,
+    None where it is not handed over or not known yet; `sampling` says under which parameters
+    (`first_token.sampling_digest`), so that a consumer can tell whether they are its own.
     """
 
     version: int
@@ -234,6 +251,8 @@ class LynxParams(msgspec.Struct, forbid_unknown_fields=False):
     anchor_bits: AnchorBits
     final_tier: FinalTier
     tables: Annotated[list[Digest], Meta(max_length=512)]
+    first_token: TokenId | None = None
+    sampling: MaybeDigest = ""
 
 
 class Handoff(msgspec.Struct, forbid_unknown_fields=False):
