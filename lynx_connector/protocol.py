@@ -10,6 +10,8 @@ Version history:
     2  learned tables (announced in Welcome, TablesRequest, Tables, NoTables); anchor frames carry
        vectors that travel raw; a third, variable-length tier; the handoff names anchor_bits,
        final_tier and tables.
+    3  the first token: in the handoff, or in Prefilled after an early reply; Prefilling; the
+       handoff says whether its reply was early, and names the prompt.
 """
 
 import struct
@@ -22,7 +24,7 @@ from msgspec import Meta
 
 from lynx_connector.errors import ProtocolError
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 SLOT_BYTES = 1024
 _LENGTH = struct.Struct("<4sI")
@@ -38,6 +40,7 @@ Count = Annotated[int, Meta(ge=0, le=1 << 40)]
 Nonce = Annotated[bytes, Meta(max_length=64)]
 PayloadBytes = Annotated[int, Meta(ge=1, le=1 << 30)]
 Checksum = Annotated[int, Meta(ge=0)]
+TokenId = Annotated[int, Meta(ge=0, lt=1 << 31)]
 # Digests become file names: nothing but hex digits may pass. \Z, since $ allows a final newline.
 Digest = Annotated[str, Meta(pattern=r"^[0-9a-f]{32}\Z")]
 MaybeDigest = Annotated[str, Meta(pattern=r"^(?:[0-9a-f]{32})?\Z")]
@@ -113,6 +116,22 @@ class Failure(Message):
     cause: Text
 
 
+class Prefilled(Message):
+    """Producer: the prefill of a transfer that was answered early has ended.
+
+    `first_token` is what it sampled, None where that is not handed over. With a `cause` the
+    prefill has failed, and so has the transfer.
+    """
+
+    transfer_id: Id
+    first_token: TokenId | None = None
+    cause: Text = ""
+
+
+class Prefilling(Message):
+    """Producer, now and then: prefills that this connection waits for still run."""
+
+
 class TablesRequest(Message):
     """Consumer asks for learned tables; answered by `Tables` or `NoTables`."""
 
@@ -175,6 +194,8 @@ AnyMessage = (
     | Fetch
     | Release
     | Failure
+    | Prefilled
+    | Prefilling
     | TablesRequest
     | Tables
     | NoTables
@@ -224,7 +245,9 @@ class LynxParams(msgspec.Struct, forbid_unknown_fields=False):
 
     Unknown fields are ignored, so that a newer producer can add some without a new version.
     `tables` holds a digest per rank for a codec with learned tables, and is empty for the others.
-    `final_tier` is the tier that verification waits for.
+    `final_tier` is the tier that verification waits for. `first_token` is what the prefill sampled,
+    None where it is not handed over or not known yet; `sampling` says under which parameters
+    (`first_token.sampling_digest`), so that a consumer can tell whether they are its own.
     """
 
     version: int
@@ -240,6 +263,8 @@ class LynxParams(msgspec.Struct, forbid_unknown_fields=False):
     """The prefill still ran when this was said; how it ends comes over the transport."""
     prompt: Annotated[str, Meta(max_length=16)] = ""
     """`prompt_digest` of the prompt; empty where it has no token ids."""
+    first_token: TokenId | None = None
+    sampling: MaybeDigest = ""
 
 
 class Handoff(msgspec.Struct, forbid_unknown_fields=False):

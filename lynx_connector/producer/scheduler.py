@@ -17,7 +17,13 @@ from lynx_connector.config import (
     LynxConfig,
 )
 from lynx_connector.events import EventLog
-from lynx_connector.metadata import EncodeChunk, EncodePlan, LynxMetadata, LynxWorkerMetadata
+from lynx_connector.metadata import (
+    EncodeChunk,
+    EncodePlan,
+    LynxMetadata,
+    LynxWorkerMetadata,
+    PrefillOutcome,
+)
 from lynx_connector.protocol import PROTOCOL_VERSION, TABLE_CODECS, prompt_digest
 
 if TYPE_CHECKING:
@@ -76,6 +82,7 @@ class ProducerScheduler:
         self._ports: list[int] = []
         self._prefills: dict[str, _Prefill] = {}
         self._dropped: list[str] = []
+        self._outcomes: list[PrefillOutcome] = []
         self._tables: dict[int, str] = {}
         """Digest of the newest tables of each rank that has any."""
         self._unanswered: set[str] = set()
@@ -149,6 +156,7 @@ class ProducerScheduler:
 
     def fill(self, metadata: LynxMetadata, output: "SchedulerOutput") -> None:
         """Add this step's finished chunks, drops and preemptions to the workers' metadata."""
+        metadata.outcomes, self._outcomes = self._outcomes, []
         if not self._prefills and not self._dropped:
             return
         for request_id in output.preempted_req_ids or ():
@@ -211,21 +219,28 @@ class ProducerScheduler:
         """A request ended: (keep its blocks until they are encoded, parameters for the reply).
 
         A prefill that was aborted or failed is dropped; one that ended by its length or a stop
-        token is handed over, since all its prompt's KV exists.
+        token is handed over, since all its prompt's KV exists. Where the router has its reply, the
+        consumer hears of either.
         """
-        prefill = self._prefills.pop(request.request_id, None)
+        request_id = request.request_id
+        prefill = self._prefills.pop(request_id, None)
         if prefill is None:
             return False, None
-        self._unanswered.discard(request.request_id)
-        self._unwanted.discard(request.request_id)
-        if prefill.submitted < prefill.num_tokens or not _ended_normally(request):
-            self._dropped.append(request.request_id)
-            if self._bootstrap is not None and prefill.routed_as is not None:
-                self._bootstrap.fail(prefill.routed_as, "the prefill ended before it was complete")
-            return prefill.opened, None
+        self._unanswered.discard(request_id)
+        self._unwanted.discard(request_id)
+        complete = prefill.submitted == prefill.num_tokens and _ended_normally(request)
+        if complete and not prefill.answered:
+            return True, self._hand_over(request_id, prefill)
+        cause = "" if complete else f"prefill ended early ({request.status.name})"
         if prefill.answered:
-            return True, None
-        return True, self._hand_over(request.request_id, prefill)
+            token = request.output_token_ids[0] if complete else None
+            self._outcomes.append(PrefillOutcome(request_id, prefill.transfer_id, token, cause))
+            self._events("prefilled", request_id, prefill.transfer_id, cause=cause)
+        else:
+            self._dropped.append(request_id)
+        if cause and self._bootstrap is not None and prefill.routed_as is not None:
+            self._bootstrap.fail(prefill.routed_as, cause)
+        return prefill.opened, None
 
     def _hand_over(self, request_id: str, prefill: _Prefill, early: bool = False) -> dict[str, Any]:
         plan = prefill.plan

@@ -7,6 +7,7 @@ import time
 from lynx_connector.codec import KltTables
 from lynx_connector.errors import TransferError
 from lynx_connector.events import EventLog
+from lynx_connector.protocol import Prefilled
 from lynx_connector.transfer import TierBuffers
 
 
@@ -31,6 +32,8 @@ class StagedTransfer:
         self.num_bytes = buffers.num_bytes
         self.encoded = 0
         self.dropped = False
+        self.outcome: Prefilled | None = None
+        """How its prefill ended, where the router had its reply before."""
         self._touched = time.monotonic()
 
     def touch(self) -> None:
@@ -81,6 +84,17 @@ class StagingStore:
         with self._lock:
             self._remember(transfer.transfer_id, cause)
             transfer.dropped = True
+
+    def settle(self, outcome: Prefilled) -> None:
+        """The prefill of a transfer that was answered early has ended; a failed one is dropped."""
+        with self._lock:
+            transfer = self._transfers.get(outcome.transfer_id)
+            if transfer is not None:
+                transfer.outcome = outcome
+            elif outcome.cause and outcome.transfer_id not in self._causes:
+                self._remember(outcome.transfer_id, outcome.cause)
+        if outcome.cause:
+            self.drop(outcome.transfer_id, outcome.cause)
 
     def resize(self, transfer: StagedTransfer) -> bool:
         """Count what was encoded instead of what was estimated; False, and the transfer is

@@ -23,7 +23,7 @@ from lynx_connector.producer.encoder import ChunkEncoder
 from lynx_connector.producer.learning import OnlineLearning, start_learning
 from lynx_connector.producer.staging import StagedTransfer, StagingStore
 from lynx_connector.producer.tables import ProducerTables
-from lynx_connector.protocol import TABLE_CODECS
+from lynx_connector.protocol import MAX_CAUSE, TABLE_CODECS, Prefilled
 from lynx_connector.streams import SideStream
 from lynx_connector.transfer import TierBuffers, TokenRange, plan_pieces, slots_of
 from lynx_connector.transport.server import TierServer
@@ -142,7 +142,9 @@ class ProducerWorker:
     # ---- called by the connector within a step ------------------------------------------
 
     def apply_drops(self, metadata: LynxMetadata) -> None:
-        """Before the step: stop reading blocks that are being taken away."""
+        """Before the step: stop reading blocks that are being taken away, and pass on outcomes."""
+        for outcome in metadata.outcomes:
+            self.set_outcome(outcome.transfer_id, outcome.first_token, outcome.cause)
         for request_id in metadata.dropped:
             if transfer := self._transfers.get(request_id):
                 self._store.drop(transfer.transfer_id, "request ended before its prefill did")
@@ -150,6 +152,17 @@ class ProducerWorker:
             self._wait_idle(request_id)  # the encoder reads its blocks
         if metadata.dropped:
             self._loop.post(self._server.notify)  # consumers that wait hear of it
+
+    def set_outcome(self, transfer_id: str, first_token: int | None, cause: str = "") -> None:
+        """How a prefill ended whose router had its reply before; its consumer is told.
+
+        Rank 0 alone carries the token, every rank a failure. Later calls for the same transfer,
+        and calls for one that was released, change nothing.
+        """
+        if self._rank and not cause:
+            return
+        self._store.settle(Prefilled(transfer_id, first_token, cause[:MAX_CAUSE]))
+        self._loop.post(self._server.notify)
 
     def submit(self, metadata: LynxMetadata) -> None:
         """After the step's forward pass: queue its finished chunks."""

@@ -80,7 +80,7 @@ class TierServer:
         while True:
             await asyncio.sleep(1.0)
             for session in self._sessions:
-                session.renew_leases()
+                session.keep_alive()
             for transfer in self._store.expire():
                 logger.warning(
                     "lynx: lease of transfer %s (request %s) expired, %d bytes of staging freed",
@@ -131,6 +131,8 @@ class _Session:
         self._server = server
         self._connection = connection
         self._streams: list[TierStream] = []
+        self._prefilling: dict[str, StagedTransfer] = {}
+        """Transfers whose outcome this consumer has not heard."""
         self._tables_wanted: deque[str] = deque()
         self._order = itertools.count()
         self.wake = asyncio.Event()
@@ -180,6 +182,7 @@ class _Session:
             peer=self._connection.peer,
             first_token=fetch.first_token,
         )
+        self._prefilling[fetch.transfer_id] = transfer
         order, stream = next(self._order), None
         for tier in transfer.buffers.tiers:
             frame_bytes = self._server._frame_bytes
@@ -196,19 +199,27 @@ class _Session:
         self.wake.set()
 
     def _release(self, release: protocol.Release) -> None:
+        self._prefilling.pop(release.transfer_id, None)
         self._streams = [
             stream for stream in self._streams if stream.transfer.transfer_id != release.transfer_id
         ]
         self._server._store.release(release.transfer_id, release.cause)
 
-    def renew_leases(self) -> None:
-        """A transfer that waits for its turn on the link is in contact."""
+    def keep_alive(self) -> None:
+        """A transfer that waits for its turn on the link, or for its prefill, is in contact."""
         for stream in self._streams:
             stream.transfer.touch()
+        if any(stream.transfer.encoded < stream.transfer.num_tokens for stream in self._streams):
+            self._send_soon(protocol.Prefilling())
+
+    def _send_soon(self, message: protocol.Message) -> None:
+        send = asyncio.ensure_future(self._connection.send(message))
+        send.add_done_callback(lambda done: done.cancelled() or done.exception())
 
     async def _abandon(self, transfer: StagedTransfer) -> None:
         """The producer dropped a transfer that this consumer is reading: tell it."""
         self._streams = [stream for stream in self._streams if stream.transfer is not transfer]
+        self._prefilling.pop(transfer.transfer_id, None)
         try:
             self._server._store.lookup(transfer.transfer_id)
         except TransferError as error:
@@ -217,6 +228,7 @@ class _Session:
     async def _send_frames(self) -> None:
         window = asyncio.Semaphore(FRAMES_IN_FLIGHT)
         while True:
+            self._send_outcomes()
             if self._tables_wanted:  # ahead of all frames: none can be decoded without
                 await self._send_tables(self._tables_wanted.popleft(), window)
                 continue
@@ -231,14 +243,23 @@ class _Session:
                 continue
             await self._send_frame(stream, window)
 
+    def _send_outcomes(self) -> None:
+        """Ahead of all else: a first token is what a client waits for."""
+        for transfer in list(self._prefilling.values()):
+            if transfer.outcome is None:
+                continue
+            del self._prefilling[transfer.transfer_id]
+            if transfer.outcome.cause:
+                self._streams = [s for s in self._streams if s.transfer is not transfer]
+            self._send_soon(transfer.outcome)
+
     async def _send_tables(self, digest: str, window: asyncio.Semaphore) -> None:
         source = self._server._tables
         tables = source.find(digest) if source else None
         if tables is None:
             cause = "prefill does not have these tables (any more)"
             logger.warning("lynx: consumer %s: tables %s: %s", self._connection.peer, digest, cause)
-            send = asyncio.ensure_future(self._connection.send(protocol.NoTables(digest, cause)))
-            send.add_done_callback(lambda done: done.cancelled() or done.exception())
+            self._send_soon(protocol.NoTables(digest, cause))
             return
         await window.acquire()
         payload = np.frombuffer(bytearray(tables.to_bytes()), np.uint8)

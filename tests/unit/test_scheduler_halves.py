@@ -214,7 +214,7 @@ def test_ordinary_requests_are_left_alone():
 
 def handoff(**lynx):
     ours = {
-        "version": 2,
+        "version": 3,
         "num_tokens": 100,
         "codec": "hadamard",
         "exact_first": 1,
