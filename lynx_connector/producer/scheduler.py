@@ -233,7 +233,7 @@ class ProducerScheduler:
             return True, self._hand_over(request_id, prefill)
         cause = "" if complete else f"prefill ended early ({request.status.name})"
         if prefill.answered:
-            token = request.output_token_ids[0] if complete else None
+            token = _sampled(request) if complete else None
             self._outcomes.append(PrefillOutcome(request_id, prefill.transfer_id, token, cause))
             self._events("prefilled", request_id, prefill.transfer_id, cause=cause)
         else:
@@ -320,6 +320,11 @@ class ProducerScheduler:
     def num_prefills(self) -> int:
         """Requests followed now."""
         return len(self._prefills)
+
+
+def _sampled(request: "Request") -> int | None:
+    """The first token that a prefill has sampled."""
+    return request.output_token_ids[0] if request.num_output_tokens else None
 
 
 def _ended_normally(request: "Request") -> bool:
