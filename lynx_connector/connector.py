@@ -83,6 +83,8 @@ class LynxConnector(KVConnectorBase_V1):
                 tp_size,
                 self._block_size,
                 self._events,
+                v2_runner=vllm_config.use_v2_model_runner,
+                custom_logits=bool(vllm_config.model_config.logits_processors),
             )
         if transfer.is_kv_consumer:
             self._consumer = ConsumerScheduler(

@@ -8,6 +8,7 @@ import uuid
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from lynx_connector import first_token
 from lynx_connector.config import (
     DEFAULT_ANCHOR_BITS,
     EXACT_FIRST_TOKENS,
@@ -36,6 +37,8 @@ class _Prefill:
     """Whether the workers know the request, and so will report when its blocks are free."""
     plan: EncodePlan | None = None
     """Decided at the first chunk and kept through preemptions, whatever is learned meanwhile."""
+    sampling: str = ""
+    """Digest of what its first token is sampled under; empty: it is not handed over."""
 
 
 class ProducerScheduler:
@@ -49,7 +52,14 @@ class ProducerScheduler:
         tensor_parallel_size: int,
         block_size: int,
         events: EventLog,
+        *,
+        v2_runner: bool = False,
+        custom_logits: bool = False,
     ):
+        """`custom_logits`: the engine has logits processors of its own, whose effect on a first
+        token the decode instance cannot know."""
+        self._v2_runner = v2_runner
+        self._hands_over = config.first_token and not custom_logits
         self._config = config
         self._engine_id = engine_id
         self._host = config.advertise_host or host
@@ -87,19 +97,34 @@ class ProducerScheduler:
         params = request.kv_transfer_params
         if params and params.get("do_remote_decode"):
             self._prefills[request.request_id] = _Prefill(
-                uuid.uuid4().hex, request.num_prompt_tokens
+                uuid.uuid4().hex, request.num_prompt_tokens, sampling=self._prepare(request)
             )
-            # The prefill's own token is thrown away, so its seed decides nothing; and a seeded
-            # request whose prefill takes several chunks kills vLLM 0.32's CPU engine ("CPU
-            # Generator does not use offset", v1/worker/gpu_model_runner.py, _bookkeeping_sync).
-            if request.sampling_params is not None:
-                request.sampling_params.seed = None
             self._events(
                 "prefill_started",
                 request.request_id,
                 self._prefills[request.request_id].transfer_id,
                 prompt_tokens=request.num_prompt_tokens,
             )
+
+    def _prepare(self, request: "Request") -> str:
+        """Have the first token sampled as the client asked, if it can be handed over.
+
+        Returns the digest of what it is sampled under, or an empty string.
+        """
+        params = request.sampling_params
+        if params is None:
+            return ""
+        request.sampling_params = params = params.clone()
+        digest = ""
+        if self._hands_over and not first_token.obstacle(request, v2_runner=self._v2_runner):
+            params.min_tokens = 0  # routers set 1 here, whatever the client asked for
+            digest = first_token.sampling_digest(params)
+        if not self._v2_runner:
+            # Here a seed decides nothing: a seeded sample is thrown away. But a seeded request
+            # whose prefill takes several chunks kills vLLM 0.32's CPU engine ("CPU Generator does
+            # not use offset", v1/worker/gpu_model_runner.py, _bookkeeping_sync).
+            params.seed = None
+        return digest
 
     def fill(self, metadata: LynxMetadata, output: "SchedulerOutput") -> None:
         """Add this step's finished chunks, drops and preemptions to the workers' metadata."""
@@ -195,6 +220,8 @@ class ProducerScheduler:
                 "tables": list(plan.tables),
                 "exact_first": EXACT_FIRST_TOKENS,
                 "exact_last": self._config.exact_last_tokens,
+                "first_token": _sampled(request) if prefill.sampling else None,
+                "sampling": prefill.sampling,
                 "ports": self._ports,
             },
         }
@@ -203,6 +230,11 @@ class ProducerScheduler:
     def num_prefills(self) -> int:
         """Requests followed now."""
         return len(self._prefills)
+
+
+def _sampled(request: "Request") -> int | None:
+    """The first token that a prefill has sampled."""
+    return request.output_token_ids[0] if request.num_output_tokens else None
 
 
 def _ended_normally(request: "Request") -> bool:
