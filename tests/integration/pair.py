@@ -143,7 +143,7 @@ class Pair(DecodeServer):
 
     def blocking_keep(self, ids: list[int]) -> dict[str, Any]:
         """As `blocking`, leaving the refined blocks in the prefix cache."""
-        return self.lynx(ids, vllm_xargs={"lynx_start": "blocking"}, max_tokens=1)
+        return self.lynx(ids, vllm_xargs={"lynx_start": "blocking"}, max_tokens=2)
 
     def prompt_ids(self, text: str) -> list[int]:
         """The prompt's token ids."""
