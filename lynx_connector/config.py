@@ -95,6 +95,12 @@ class LynxConfig(BaseModel):
     draft_limit: Annotated[int, Field(ge=1, le=1024)] = Field(
         64, description="Consumer: most tokens drafted before verification, per request."
     )
+    first_token: bool = Field(
+        True,
+        description="Producer: hand over the token that the prefill sampled; consumer (with "
+        "LynxScheduler): emit it before any KV has arrived. Not for requests where that would not "
+        "be exact or complete: logprobs, n > 1, structured output, a seed on vLLM's V1 runner.",
+    )
     verify_rows: Annotated[int, Field(ge=1, le=256)] = Field(
         8,
         description="Consumer: one-token rows per verification step, for requests that are not "

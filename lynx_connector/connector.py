@@ -88,7 +88,9 @@ class LynxConnector(KVConnectorBase_V1):
                 tp_size,
                 self._block_size,
                 self._events,
-                self._bootstrap,
+                bootstrap=self._bootstrap,
+                v2_runner=vllm_config.use_v2_model_runner,
+                custom_logits=bool(vllm_config.model_config.logits_processors),
             )
             early = self._config.early_reply and compat.has_lynx_scheduler(vllm_config)
             logger.info(

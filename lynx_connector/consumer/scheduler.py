@@ -9,6 +9,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lynx_connector import first_token
 from lynx_connector.config import ONE_TIER_CODECS, LynxConfig, StartMode
 from lynx_connector.consumer.bootstrap import BootstrapClient
 from lynx_connector.consumer.waiting import WaitingRoom
@@ -23,6 +24,7 @@ from lynx_connector.metadata import (
 from lynx_connector.protocol import Handoff, parse_handoff, parse_mooncake_leg, prompt_digest
 
 if TYPE_CHECKING:
+    from vllm.sampling_params import SamplingParams
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.request import Request
 
@@ -45,6 +47,10 @@ class _Decode:
     ended: bool = False
     """No tokens are offered any more: loaded, failed, cancelled or not needed."""
     refined_ranks: int = 0
+    params: "SamplingParams | None" = None
+    """Set where the prefill's own token may be emitted."""
+    first_token: int | None = None
+    """That token, from when it is known until it is taken."""
 
     @property
     def transfer_id(self) -> str | None:
@@ -58,7 +64,7 @@ class ConsumerScheduler:
         self,
         config: LynxConfig,
         speculative: bool,
-        seeds_survive_drafts: bool,
+        v2_runner: bool,
         recompute_on_failure: bool,
         tensor_parallel_size: int,
         block_size: int,
@@ -68,7 +74,8 @@ class ConsumerScheduler:
         self.draft_limit = config.draft_limit
         self.verify_rows = config.verify_rows
         self._speculative = speculative
-        self._seeds_survive_drafts = seeds_survive_drafts
+        self._v2_runner = v2_runner
+        self._emits_first_token = config.first_token
         self._recompute = recompute_on_failure
         self._tp_size = tensor_parallel_size
         self._block_size = block_size
@@ -119,6 +126,8 @@ class ConsumerScheduler:
         decode.handoff = handoff
         decode.failure = self._unusable(handoff, request)
         decode.speculative = self._starts_early(request, handoff)
+        if decode.failure is None and self._may_emit(request, handoff):
+            decode.params = request.sampling_params
 
     def _starts_early(self, request: "Request", handoff: Handoff) -> bool:
         """Whether a request drafts on its anchor."""
@@ -137,10 +146,19 @@ class ConsumerScheduler:
             self._speculative
             # A seed promises the same answer again. vLLM's V1 runner draws from one generator per
             # request, which drafts would move on by as many tokens as the network left time for.
-            and (self._seeds_survive_drafts or not seeded)
+            and (self._v2_runner or not seeded)
             and start != StartMode.BLOCKING
             and handoff.lynx.codec not in ONE_TIER_CODECS
         )
+
+    def _may_emit(self, request: "Request", handoff: Handoff) -> bool:
+        """Whether the prefill's token is what this request's own first token would be."""
+        if not self._emits_first_token or first_token.obstacle(request, v2_runner=self._v2_runner):
+            return False
+        params = request.sampling_params
+        if first_token.reads_outputs(params) and not self._v2_runner:
+            return False
+        return handoff.lynx.sampling == first_token.sampling_digest(params)
 
     def _unusable(self, handoff: Handoff, request: "Request") -> str | None:
         if len(handoff.lynx.ports) != self._tp_size:
@@ -231,6 +249,8 @@ class ConsumerScheduler:
         block_ids = blocks.get_block_ids()[0]
         first_block = first_token // self._block_size
         handoff = decode.handoff
+        if handoff is not None:
+            self._know_first_token(decode, handoff.lynx.first_token)
         self._loads.append(
             LoadRequest(
                 request_id=request_id,
@@ -260,6 +280,10 @@ class ConsumerScheduler:
         )
         if decode.speculative:
             self._started.append(request_id)
+
+    def _know_first_token(self, decode: _Decode, token: int | None) -> None:
+        if token is not None and decode.params and first_token.allowed(decode.params, token):
+            decode.first_token = token
 
     def fill(self, metadata: LynxMetadata) -> None:
         """Hand this step's loads, cancellations and releases to the workers."""
@@ -298,6 +322,9 @@ class ConsumerScheduler:
             decode.refined_ranks += ranks
             if decode.refined_ranks == self._tp_size:
                 self._refined.append(request_id)
+        for request_id, token in report.first_tokens.items():
+            if decode := self._decodes.get(request_id):
+                self._know_first_token(decode, token)
         for request_id, cause in report.failed.items():
             if request_id in self._decodes:
                 self._failed.append((request_id, cause))
@@ -345,6 +372,15 @@ class ConsumerScheduler:
         """Requests that will start on their anchor."""
         started, self._started = self._started, []
         return started
+
+    def take_first_tokens(self) -> list[tuple[str, int]]:
+        """(request id, token) that prefills have sampled."""
+        taken = []
+        for request_id, decode in self._decodes.items():
+            if decode.first_token is not None:
+                taken.append((request_id, decode.first_token))
+                decode.first_token = None
+        return taken
 
     def take_refined(self) -> list[str]:
         """Requests whose final tier is in place on every rank."""

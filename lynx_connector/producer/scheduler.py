@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from lynx_connector import first_token
 from lynx_connector.config import (
     DEFAULT_ANCHOR_BITS,
     EXACT_FIRST_TOKENS,
@@ -54,6 +55,8 @@ class _Prefill:
     """Decided at the first chunk and kept through preemptions, whatever is learned meanwhile."""
     answered: bool = False
     """The router has its reply: how the prefill ends reaches the consumer with the KV."""
+    sampling: str = ""
+    """Digest of what its first token is sampled under; empty: it is not handed over."""
 
 
 class ProducerScheduler:
@@ -70,9 +73,16 @@ class ProducerScheduler:
         tensor_parallel_size: int,
         block_size: int,
         events: EventLog,
+        *,
         bootstrap: "BootstrapServer | None" = None,
+        v2_runner: bool = False,
+        custom_logits: bool = False,
     ):
+        """`custom_logits`: the engine has logits processors of its own, whose effect on a first
+        token the decode instance cannot know."""
         self._bootstrap = bootstrap
+        self._v2_runner = v2_runner
+        self._hands_over = config.first_token and not custom_logits
         self._config = config
         self._engine_id = engine_id
         self._host = config.advertise_host or host
@@ -127,12 +137,8 @@ class ProducerScheduler:
                 request.num_prompt_tokens,
                 prompt_digest(request.prompt_token_ids),
                 routed_as,
+                sampling=self._prepare(request),
             )
-            # The prefill's own token is thrown away, so its seed decides nothing; and a seeded
-            # request whose prefill takes several chunks kills vLLM 0.32's CPU engine ("CPU
-            # Generator does not use offset", v1/worker/gpu_model_runner.py, _bookkeeping_sync).
-            if request.sampling_params is not None:
-                request.sampling_params.seed = None
             self._events(
                 "prefill_started",
                 request.request_id,
@@ -153,6 +159,26 @@ class ProducerScheduler:
         self._events("refused", request_id, None, cause=cause)
         self._refused.append(request_id)
         return False
+
+    def _prepare(self, request: "Request") -> str:
+        """Have the first token sampled as the client asked, if it can be handed over.
+
+        Returns the digest of what it is sampled under, or an empty string.
+        """
+        params = request.sampling_params
+        if params is None:
+            return ""
+        request.sampling_params = params = params.clone()
+        digest = ""
+        if self._hands_over and not first_token.obstacle(request, v2_runner=self._v2_runner):
+            params.min_tokens = 0  # routers set 1 here, whatever the client asked for
+            digest = first_token.sampling_digest(params)
+        if not self._v2_runner:
+            # Here a seed decides nothing: a seeded sample is thrown away. But a seeded request
+            # whose prefill takes several chunks kills vLLM 0.32's CPU engine ("CPU Generator does
+            # not use offset", v1/worker/gpu_model_runner.py, _bookkeeping_sync).
+            params.seed = None
+        return digest
 
     def fill(self, metadata: LynxMetadata, output: "SchedulerOutput") -> None:
         """Add this step's finished chunks, drops and preemptions to the workers' metadata."""
@@ -230,10 +256,11 @@ class ProducerScheduler:
         self._unwanted.discard(request_id)
         complete = prefill.submitted == prefill.num_tokens and _ended_normally(request)
         if complete and not prefill.answered:
-            return True, self._hand_over(request_id, prefill)
+            token = _sampled(request) if prefill.sampling else None
+            return True, self._hand_over(request_id, prefill, token=token)
         cause = "" if complete else f"prefill ended early ({request.status.name})"
         if prefill.answered:
-            token = _sampled(request) if complete else None
+            token = _sampled(request) if complete and prefill.sampling else None
             self._outcomes.append(PrefillOutcome(request_id, prefill.transfer_id, token, cause))
             self._events("prefilled", request_id, prefill.transfer_id, cause=cause)
         else:
@@ -242,7 +269,14 @@ class ProducerScheduler:
             self._bootstrap.fail(prefill.routed_as, cause)
         return prefill.opened, None
 
-    def _hand_over(self, request_id: str, prefill: _Prefill, early: bool = False) -> dict[str, Any]:
+    def _hand_over(
+        self,
+        request_id: str,
+        prefill: _Prefill,
+        *,
+        early: bool = False,
+        token: int | None = None,
+    ) -> dict[str, Any]:
         plan = prefill.plan
         assert plan is not None  # decided with the first chunk
         self._events(
@@ -272,6 +306,8 @@ class ProducerScheduler:
                 "tables": list(plan.tables),
                 "exact_first": EXACT_FIRST_TOKENS,
                 "exact_last": self._config.exact_last_tokens,
+                "first_token": token,
+                "sampling": prefill.sampling,
                 "ports": self._ports,
                 "early": early,
                 "prompt": prefill.prompt,

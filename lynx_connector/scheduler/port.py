@@ -28,6 +28,11 @@ class SpeculationPort(Protocol):
     def take_started(self) -> list[str]:
         """Requests whose load was just allocated and reports `finished_recving` at the anchor."""
 
+    def take_first_tokens(self) -> list[tuple[str, int]]:
+        """(request id, token): what a prefill has sampled, to be emitted as the first output token
+        of a request whose load is allocated. A sample of the exact model under the request's own
+        parameters; it may come at any time or never, and too late it is of no use."""
+
     def take_refined(self) -> list[str]:
         """Requests whose final tier is now in place on all ranks."""
 

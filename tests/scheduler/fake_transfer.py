@@ -5,7 +5,8 @@ A request with `kv_transfer_params` {"save": KEY} stores its prompt's KV under K
 {"load": KEY, ...} gets it back: after `anchor_delay` steps rounded to `bits` bits, after
 `residual_delay` steps exactly, or with `fail` instead a failed residual. Steps count from the
 allocation of the load. `fail_early` reports the failure before the anchor lands, `lose_anchor` has
-the anchor itself fail.
+the anchor itself fail. `first` is the token that the prefill has sampled: known at once, or after
+`first_delay` steps.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ class Load:
     fail: bool
     fail_early: bool
     lose_anchor: bool
+    first: int | None = None
+    first_delay: int = 0
     age: int = 0
     anchored: bool = False
 
@@ -50,9 +53,12 @@ class Orders(KVConnectorMetadata):
 class Report(KVConnectorWorkerMetadata):
     refined: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
+    first: list[tuple[str, int]] = field(default_factory=list)
 
     def aggregate(self, other: Report) -> Report:
-        return Report(self.refined + other.refined, self.failed + other.failed)
+        return Report(
+            self.refined + other.refined, self.failed + other.failed, self.first + other.first
+        )
 
 
 class FakePort:
@@ -66,10 +72,15 @@ class FakePort:
         self.started: list[str] = []
         self.refined: list[str] = []
         self.failed: list[tuple[str, str]] = []
+        self.first: list[tuple[str, int]] = []
         self.events: list[dict[str, Any]] = []
 
     def take_started(self) -> list[str]:
         taken, self.started = self.started, []
+        return taken
+
+    def take_first_tokens(self) -> list[tuple[str, int]]:
+        taken, self.first = self.first, []
         return taken
 
     def take_refined(self) -> list[str]:
@@ -142,9 +153,14 @@ class FakeTransferConnector(KVConnectorBase_V1):
                 params.get("fail", False),
                 params.get("fail_early", False),
                 params.get("lose_anchor", False),
+                params.get("first"),
+                params.get("first_delay", 0),
             )
         )
-        self.speculation.started.append(request.request_id)
+        if not params.get("blocking"):
+            self.speculation.started.append(request.request_id)
+        if "first" in params and not params.get("first_delay"):
+            self.speculation.first.append((request.request_id, params["first"]))
 
     def build_connector_meta(self, scheduler_output: Any) -> Orders:
         orders, self._orders = self._orders, Orders()
@@ -153,6 +169,7 @@ class FakeTransferConnector(KVConnectorBase_V1):
     def update_connector_output(self, connector_output: Any) -> None:
         report = connector_output.kv_connector_worker_meta
         if report is not None:
+            self.speculation.first += report.first
             self.speculation.refined += report.refined
             self.speculation.failed += [(rid, "link lost") for rid in report.failed]
 
@@ -189,6 +206,8 @@ class FakeTransferConnector(KVConnectorBase_V1):
 
     def _step(self, load: Load) -> None:
         load.age += 1
+        if load.first_delay == load.age:
+            self._report.first.append((load.request_id, load.first))
         if load.fail_early and load.age == 1:
             self._report.failed.append(load.request_id)
         if load.lose_anchor and load.age >= load.anchor_delay:
@@ -225,7 +244,7 @@ class FakeTransferConnector(KVConnectorBase_V1):
 
     def build_connector_worker_meta(self) -> Report | None:
         report, self._report = self._report, Report()
-        return report if report.refined or report.failed else None
+        return report if report.refined or report.failed or report.first else None
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         pass

@@ -238,7 +238,7 @@ def test_bootstrap_that_answers_nonsense(client, status, body, cause):
 
 
 def test_nobody_listens(client):
-    with pytest.raises(TransferError, match="127.0.0.1:9"):
+    with pytest.raises(TransferError, match=r"127\.0\.0\.1:9"):
         client.resolve(MooncakeLeg("x", "engine", "http://127.0.0.1:9")).result(30)
 
 

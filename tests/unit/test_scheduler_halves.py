@@ -13,10 +13,11 @@ from lynx_connector.consumer.scheduler import ConsumerScheduler
 from lynx_connector.events import EventLog
 from lynx_connector.metadata import LynxMetadata, LynxWorkerMetadata
 from lynx_connector.producer.scheduler import ProducerScheduler
-from lynx_connector.protocol import PROTOCOL_VERSION, parse_handoff, prompt_digest
+from lynx_connector.protocol import parse_handoff, prompt_digest
 
 BLOCK = 16
 NO_EVENTS = EventLog(None, "test")
+TOKEN = 42
 
 
 class Status(enum.Enum):
@@ -25,19 +26,56 @@ class Status(enum.Enum):
     FINISHED_ABORTED = 3
 
 
+class Sampling(SimpleNamespace):
+    """The fields of vLLM's SamplingParams that the halves read."""
+
+    def __init__(self, **given):
+        super().__init__(
+            **{
+                "seed": None,
+                "temperature": 0.0,
+                "top_p": 1.0,
+                "top_k": 0,
+                "min_p": 0.0,
+                "n": 1,
+                "min_tokens": 0,
+                "all_stop_token_ids": {2},
+                "repetition_penalty": 1.0,
+                "presence_penalty": 0.0,
+                "frequency_penalty": 0.0,
+                "logit_bias": None,
+                "allowed_token_ids": None,
+                "bad_words_token_ids": None,
+                "watermarking": None,
+                "num_logprobs": None,
+                "prompt_logprobs": None,
+                "prompt_logprob_token_ids": None,
+                "structured_outputs": None,
+                "thinking_token_budget": None,
+                "trace_decode_token_ids": None,
+                "extra_args": None,
+            }
+            | given
+        )
+
+    def clone(self):
+        return Sampling(**vars(self))
+
+
 def request(name="r", prompt=100, params=None, **sampling):
-    defaults = {"seed": None, "temperature": 0.0, "extra_args": None, "prompt_logprobs": None}
     return SimpleNamespace(
         request_id=name,
         num_prompt_tokens=prompt,
         kv_transfer_params=params,
         prompt_token_ids=list(range(prompt)),
-        sampling_params=SimpleNamespace(**defaults | sampling),
+        sampling_params=Sampling(**sampling),
+        prompt_embeds=None,
+        mm_features=[],
+        resumable=False,
+        max_tokens=1,
+        output_token_ids=[TOKEN],
         status=Status.FINISHED_LENGTH_CAPPED,
         num_output_tokens=1,
-        output_token_ids=[7],
-        max_tokens=1,
-        resumable=False,
     )
 
 
@@ -240,16 +278,9 @@ def handoff(**lynx):
     }
 
 
-def consumer(speculative=True, recompute=True, tp=1, seeds=False, waiting=1000):
+def consumer(speculative=True, recompute=True, tp=1, seeds=False, waiting=1000, **config):
     return ConsumerScheduler(
-        LynxConfig(transfer_timeout_seconds=0.3),
-        speculative,
-        seeds,
-        recompute,
-        tp,
-        BLOCK,
-        NO_EVENTS,
-        waiting,
+        LynxConfig(**config), speculative, seeds, recompute, tp, BLOCK, NO_EVENTS, waiting
     )
 
 
