@@ -6,7 +6,8 @@ A request with `kv_transfer_params` {"save": KEY} stores its prompt's KV under K
 `residual_delay` steps exactly, or with `fail` instead a failed residual. Steps count from the
 allocation of the load. `fail_early` reports the failure before the anchor lands, `lose_anchor` has
 the anchor itself fail. `first` is the token that the prefill has sampled: known at once, or after
-`first_delay` steps.
+`first_delay` steps. With {"reply": "early"} it is answered early; with "unwanted" it is given up in
+the same step, with "refused" it is to end with an error.
 """
 
 from __future__ import annotations
@@ -98,6 +99,38 @@ class FakePort:
         self.events.append({"event": name, "request": request_id, **fields})
 
 
+class FakeReplies:
+    """Implements lynx_connector.scheduler.port.EarlyReplyPort."""
+
+    def __init__(self) -> None:
+        self.waiting: dict[str, str] = {}
+        self.unwanted: list[str] = []
+        self.refused: list[str] = []
+        self.ended: dict[str, str] = {}
+
+    def add(self, request_id: str, how: str | None) -> None:
+        if how == "refused":
+            self.refused.append(request_id)
+        elif how is not None:
+            self.waiting[request_id] = how
+
+    def take_answerable(self, scheduled: Any) -> list[str]:
+        return [request_id for request_id in scheduled if request_id in self.waiting]
+
+    def reply_early(self, request: Any) -> dict[str, Any]:
+        if self.waiting.pop(request.request_id) == "unwanted":
+            self.unwanted.append(request.request_id)
+        return {"do_remote_prefill": True}
+
+    def take_unwanted(self) -> list[str]:
+        taken, self.unwanted = self.unwanted, []
+        return taken
+
+    def take_refused(self) -> list[str]:
+        taken, self.refused = self.refused, []
+        return taken
+
+
 class FakeTransferConnector(KVConnectorBase_V1):
     stored: ClassVar[dict[str, dict[str, torch.Tensor]]] = {}
 
@@ -105,6 +138,7 @@ class FakeTransferConnector(KVConnectorBase_V1):
         super().__init__(vllm_config, role, kv_cache_config)
         self._block_size = vllm_config.cache_config.block_size
         self.speculation = FakePort(self) if role == KVConnectorRole.SCHEDULER else None
+        self.early_replies = FakeReplies() if role == KVConnectorRole.SCHEDULER else None
         self._params: dict[str, dict[str, Any]] = {}
         self._orders = Orders()
         self._caches: dict[str, torch.Tensor] = {}
@@ -125,7 +159,9 @@ class FakeTransferConnector(KVConnectorBase_V1):
         return self._orders.cancels
 
     def on_new_request(self, request: Any) -> None:
-        self._params[request.request_id] = dict(request.kv_transfer_params or {})
+        params = dict(request.kv_transfer_params or {})
+        self._params[request.request_id] = params
+        self.early_replies.add(request.request_id, params.get("reply"))
 
     def get_num_new_matched_tokens(self, request: Any, computed: int) -> tuple[int, bool]:
         missing = request.num_prompt_tokens - computed
@@ -175,6 +211,7 @@ class FakeTransferConnector(KVConnectorBase_V1):
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, None]:
         params = self._params.pop(request.request_id)
+        self.early_replies.ended[request.request_id] = request.status.name
         if "save" in params:
             used = -(-request.num_prompt_tokens // self._block_size)
             self._orders.saves.append((request.request_id, params["save"], block_ids[:used]))

@@ -229,6 +229,7 @@ class Harness:
 def main() -> None:
     flavour, model, results_path, *only = sys.argv[1:]
     prepare(flavour)
+    import early_reply_cases  # noqa: F401  registers its cases
     import first_token_cases  # noqa: F401  registers its cases
     from scheduler_cases import CASES
 

@@ -49,7 +49,7 @@ def client():
 @pytest.fixture
 def producer(server):
     config = LynxConfig(codec="hadamard")
-    half = ProducerScheduler(config, "engine", "10.0.0.1", 1, BLOCK, NO_EVENTS, server)
+    half = ProducerScheduler(config, "engine", "10.0.0.1", 1, BLOCK, NO_EVENTS, bootstrap=server)
     half.set_workers([7600], [""])
     return half
 

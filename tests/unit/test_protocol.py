@@ -22,6 +22,7 @@ MESSAGES = [
     protocol.Release("id", "done"),
     protocol.Failure("id", "unknown transfer"),
     protocol.Prefilled("id", 49151),
+    protocol.Prefilling(),
     protocol.Prefilled("id", None, "aborted"),
     protocol.TablesRequest("0" * 32),
     protocol.Tables("0" * 32, 1 << 20, 2**64 - 1),
