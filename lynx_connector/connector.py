@@ -159,6 +159,8 @@ class LynxConnector(KVConnectorBase_V1):
         return metadata
 
     def update_connector_output(self, connector_output: "KVConnectorOutput") -> None:
+        if self._consumer:
+            self._consumer.received(connector_output.finished_recving or ())
         report = connector_output.kv_connector_worker_meta
         if not isinstance(report, LynxWorkerMetadata):
             return

@@ -46,14 +46,27 @@ class BootstrapClient:
         """
         if self._loop is None:
             self._loop = asyncio.new_event_loop()
-            run = self._loop.run_forever
-            threading.Thread(target=run, name="lynx-bootstrap-client", daemon=True).start()
+            self._thread = threading.Thread(
+                target=self._run, args=[self._loop], name="lynx-bootstrap-client", daemon=True
+            )
+            self._thread.start()
         return asyncio.run_coroutine_threadsafe(self._resolve(leg), self._loop)
 
     def stop(self) -> None:
-        """End the thread; what is not resolved stays so."""
+        """End the thread; what is not resolved is cancelled."""
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join(timeout=5.0)
+
+    def _run(self, loop: asyncio.AbstractEventLoop) -> None:
+        loop.run_forever()
+        tasks = asyncio.all_tasks(loop)
+        for task in tasks:
+            task.cancel()
+        loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        if self._http is not None:
+            loop.run_until_complete(self._http.aclose())
+        loop.close()
 
     async def _resolve(self, leg: MooncakeLeg) -> dict[str, Any]:
         where = leg.remote_bootstrap_addr

@@ -5,6 +5,7 @@ Pure Python; runs without torch. Implements `lynx_connector.scheduler.port.Specu
 """
 
 import logging
+from collections.abc import Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -310,11 +311,13 @@ class ConsumerScheduler:
         """End the thread that asks bootstrap servers."""
         self._bootstrap.stop()
 
+    def received(self, request_ids: Iterable[str]) -> None:
+        """Loads that vLLM need not wait for any more: landed, failed or cancelled."""
+        for request_id in request_ids:
+            self._waiting.leave(request_id)
+
     def update(self, report: LynxWorkerMetadata) -> None:
         """What the workers reported in this step."""
-        for over in (report.anchored, report.refined, report.failed):
-            for request_id in over:
-                self._waiting.leave(request_id)
         for request_id, ranks in report.refined.items():
             decode = self._decodes.get(request_id)
             if decode is None:

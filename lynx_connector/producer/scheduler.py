@@ -255,14 +255,13 @@ class ProducerScheduler:
         self._unanswered.discard(request_id)
         self._unwanted.discard(request_id)
         complete = prefill.submitted == prefill.num_tokens and _ended_normally(request)
-        if complete and not prefill.answered:
-            token = _sampled(request) if prefill.sampling else None
-            return True, self._hand_over(request_id, prefill, token=token)
         cause = "" if complete else f"prefill ended early ({request.status.name})"
+        self._events("prefilled", request_id, prefill.transfer_id, cause=cause)
+        token = _sampled(request) if complete and prefill.sampling else None
         if prefill.answered:
-            token = _sampled(request) if complete and prefill.sampling else None
             self._outcomes.append(PrefillOutcome(request_id, prefill.transfer_id, token, cause))
-            self._events("prefilled", request_id, prefill.transfer_id, cause=cause)
+        elif complete:
+            return True, self._hand_over(request_id, prefill, token=token)
         else:
             self._dropped.append(request_id)
         if cause and self._bootstrap is not None and prefill.routed_as is not None:

@@ -522,7 +522,7 @@ def test_blocks_of_requests_that_wait_for_a_prefill_are_bounded():
         half.add(one)
     assert [admit(half, one)[0] for one in ones[:2]] == [100, 100]
     assert [half.match(one, 0) for one in ones[2:]] == [(None, False)] * 2
-    half.update(LynxWorkerMetadata(anchored={"a": {}}))
+    half.received({"a"})
     assert half.match(ones[3], 0) == (None, False)  # not before its turn
     assert admit(half, ones[2])[0] == 100
     half.finish(ones[1])
