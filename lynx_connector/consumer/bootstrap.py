@@ -60,13 +60,16 @@ class BootstrapClient:
 
     def _run(self, loop: asyncio.AbstractEventLoop) -> None:
         loop.run_forever()
-        tasks = asyncio.all_tasks(loop)
+        loop.run_until_complete(self._close())
+        loop.close()
+
+    async def _close(self) -> None:
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
         for task in tasks:
             task.cancel()
-        loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        await asyncio.gather(*tasks, return_exceptions=True)
         if self._http is not None:
-            loop.run_until_complete(self._http.aclose())
-        loop.close()
+            await self._http.aclose()
 
     async def _resolve(self, leg: MooncakeLeg) -> dict[str, Any]:
         where = leg.remote_bootstrap_addr
