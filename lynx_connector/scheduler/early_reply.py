@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.scheduler import Scheduler as _Base
     from vllm.v1.engine import EngineCoreOutputs
     from vllm.v1.outputs import ModelRunnerOutput
+    from vllm.v1.request import Request
 
     from lynx_connector.scheduler.port import EarlyReplyPort
 else:
@@ -31,6 +32,12 @@ class EarlyReplyMixin(_Base):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._replies: EarlyReplyPort | None = getattr(self.connector, "early_replies", None)
+        self._refused: list[Request] = []  # ended, the front end does not know yet
+
+    def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+        if self._replies is not None and (refused := self._replies.take_refused()):
+            self._refused += self.finish_requests(refused, RequestStatus.FINISHED_ERROR)
+        return super().schedule(throttle_prefills)
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
@@ -38,10 +45,10 @@ class EarlyReplyMixin(_Base):
         port = self._replies
         if port is None:
             return super().update_from_output(scheduler_output, model_runner_output)
-        for request_id in port.take_refused():
-            if request_id in self.requests:
-                hooks.finish_with_error(self, self.requests[request_id])
         outputs = super().update_from_output(scheduler_output, model_runner_output)
+        for request in self._refused:
+            hooks.answer_error(outputs, request)
+        self._refused = []
         for request_id in port.take_answerable(scheduler_output.num_scheduled_tokens):
             request = self.requests.get(request_id)
             if request is None or request.is_finished():

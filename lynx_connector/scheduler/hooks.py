@@ -364,3 +364,15 @@ def answer(
         prefill_stats=stats,
     )
     outputs.setdefault(request.client_index, EngineCoreOutputs()).outputs.append(output)
+
+
+def answer_error(outputs: dict[int, EngineCoreOutputs], request: Request) -> None:
+    """Add the error output of a request that was ended outside a step (as S:2309 does)."""
+    output = EngineCoreOutput(
+        request_id=request.request_id,
+        new_token_ids=[],
+        finish_reason=request.get_finished_reason(),
+        events=request.take_events(),
+        trace_headers=request.trace_headers,
+    )
+    outputs.setdefault(request.client_index, EngineCoreOutputs()).outputs.append(output)

@@ -2,6 +2,7 @@
 """Prefills that are answered when they begin, behind stock routers and without one."""
 
 import json
+import time
 
 import httpx
 import pytest
@@ -61,6 +62,21 @@ def routed(request, pair, tmp_path):
         router.stop()
 
 
+def reference(pair, text, **body):
+    """The blocking answer; afterwards the prefill has to compute the prompt anew."""
+    answer = pair.blocking(text, **body)
+    deadline = time.monotonic() + 20
+    while not _reset(pair.prefill_url):
+        assert time.monotonic() < deadline, "the prefill still holds blocks"
+        time.sleep(0.1)
+    return answer
+
+
+def _reset(url, **params):
+    reply = httpx.post(url + "/reset_prefix_cache", params=params, timeout=30, trust_env=False)
+    return reply.json().get("success", reply.status_code == 200)
+
+
 def events_of(path, name):
     lines = path.read_text().splitlines()
     return [json.loads(line) for line in lines if f'"{name}"' in line]
@@ -75,7 +91,7 @@ def events_of(path, name):
 def test_both_handoffs_of_a_stock_router(pair, routed):
     url, events, early = routed
     text = prompt(301, items=90)
-    expected = pair.blocking(text)
+    expected = reference(pair, text)
     body = {"model": "m", "prompt": text, "temperature": 0, "max_tokens": 32}
     since = pair.mark()
     answer = post(url, "/v1/completions", body | {"return_token_ids": True})
@@ -89,7 +105,7 @@ def test_both_handoffs_of_a_stock_router(pair, routed):
 
 def test_tiers_travel_while_the_prefill_runs(pair):
     text = prompt(302, items=200)
-    expected = tokens(pair.blocking(text))
+    expected = tokens(reference(pair, text))
     since = pair.mark()
     answer = pair.lynx(text)
     (admitted,) = pair.events(since, "admitted")
@@ -118,18 +134,12 @@ def test_client_gone_while_the_prefill_runs(pair):
 
 def test_prefill_preempted_after_its_early_reply(pair):
     text = prompt(304, items=200)
-    expected = tokens(pair.blocking(text, ignore_eos=True))
+    expected = tokens(reference(pair, text, ignore_eos=True))
     since = pair.mark()
 
     def disturb():
         pair.wait_for(since, "frame")
-        reply = httpx.post(
-            pair.prefill_url + "/reset_prefix_cache",
-            params={"reset_running_requests": "true"},
-            timeout=30,
-            trust_env=False,
-        )
-        assert reply.status_code == 200
+        assert _reset(pair.prefill_url, reset_running_requests="true")
 
     answer, _ = pair.many([lambda: pair.lynx(text, ignore_eos=True), disturb])
     assert tokens(answer) == expected
