@@ -108,6 +108,12 @@ class LynxConfig(BaseModel):
     draft_limit: Annotated[int, Field(ge=1, le=1024)] = Field(
         64, description="Consumer: most tokens drafted before verification, per request."
     )
+    first_token: bool = Field(
+        True,
+        description="Producer: hand over the token that the prefill sampled; consumer (with "
+        "LynxScheduler): emit it before any KV has arrived. Not for requests where that would not "
+        "be exact or complete: logprobs, n > 1, structured output, a seed on vLLM's V1 runner.",
+    )
     verify_rows: Annotated[int, Field(ge=1, le=256)] = Field(
         8,
         description="Consumer: one-token rows per verification step, for requests that are not "
@@ -132,6 +138,21 @@ class LynxConfig(BaseModel):
         ByteSize(4 << 30),
         description="Host memory for encoded tiers, per worker. A full staging refuses new "
         "transfers (producer) or queues them (consumer).",
+    )
+    early_reply: bool = Field(
+        True,
+        description="Producer: answer the router when a prefill is first scheduled, so that its "
+        "KV crosses the network while it runs (needs LynxScheduler); else when it has ended.",
+    )
+    waiting_tokens: Annotated[int, Field(ge=0)] = Field(
+        0,
+        description="Consumer: most prompt tokens whose KV blocks are held by requests that wait "
+        "for a prefill that still runs; more of them wait without blocks. 0: half of the cache.",
+    )
+    bootstrap_port: Annotated[int, Field(ge=0, le=65535)] = Field(
+        0,
+        description="Producer: TCP port of the HTTP server for routers that speak Mooncake's "
+        "handoff (`GET /query`, `transfer_id`); 0: none.",
     )
     lease_seconds: Annotated[float, Field(gt=0, le=86400)] = Field(
         120.0,

@@ -30,8 +30,9 @@ from lynx_connector.metadata import LynxHandshakeMetadata, LynxMetadata, LynxWor
 from lynx_connector.metrics import CONSUMER, PRODUCER, Meter
 from lynx_connector.plan import KVShape
 from lynx_connector.plan.planner import Planner
+from lynx_connector.producer.bootstrap import BootstrapServer
 from lynx_connector.producer.scheduler import ProducerScheduler
-from lynx_connector.scheduler.port import SpeculationPort
+from lynx_connector.scheduler.port import EarlyReplyPort, SpeculationPort
 from lynx_connector.stats import LynxPromMetrics, LynxStats
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ class LynxConnector(KVConnectorBase_V1):
         self._consumer: ConsumerScheduler | None = None
         self._producer_worker: ProducerWorker | None = None
         self._consumer_worker: ConsumerWorker | None = None
+        self._bootstrap: BootstrapServer | None = None
         if role == KVConnectorRole.SCHEDULER:
             self._init_scheduler(vllm_config)
 
@@ -87,6 +89,9 @@ class LynxConnector(KVConnectorBase_V1):
         transfer = vllm_config.kv_transfer_config
         tp_size = vllm_config.parallel_config.tensor_parallel_size
         if transfer.is_kv_producer:
+            compat.check_bootstrap(self._config, vllm_config)
+            if self._config.bootstrap_port:
+                self._bootstrap = BootstrapServer(self._config.bootstrap_port, transfer.engine_id)
             self._producer = ProducerScheduler(
                 self._config,
                 transfer.engine_id,
@@ -95,8 +100,18 @@ class LynxConnector(KVConnectorBase_V1):
                 self._block_size,
                 self._events,
                 self._planner(vllm_config),
+                bootstrap=self._bootstrap,
+                v2_runner=vllm_config.use_v2_model_runner,
+                custom_logits=bool(vllm_config.model_config.logits_processors),
+            )
+            early = self._config.early_reply and compat.has_lynx_scheduler(vllm_config)
+            logger.info(
+                "lynx: prefills are answered when they %s%s",
+                "are first scheduled" if early else "have ended",
+                "" if early == self._config.early_reply else ": early_reply needs LynxScheduler",
             )
         if transfer.is_kv_consumer:
+            cache_tokens = self._kv_cache_config.num_blocks * self._block_size
             self._consumer = ConsumerScheduler(
                 self._config,
                 self._speculative,
@@ -105,6 +120,7 @@ class LynxConnector(KVConnectorBase_V1):
                 tp_size,
                 self._block_size,
                 self._consumer_events,
+                self._config.waiting_tokens or cache_tokens // 2,
             )
             logger.info(
                 "lynx: decode requests start %s; on a failed transfer: %s",
@@ -130,6 +146,11 @@ class LynxConnector(KVConnectorBase_V1):
         """What LynxScheduler needs; None on an instance that never consumes."""
         return self._consumer
 
+    @property
+    def early_replies(self) -> EarlyReplyPort | None:
+        """What LynxScheduler needs to answer prefills early; None on an instance without them."""
+        return self._producer
+
     def on_new_request(self, request: "Request") -> None:
         if self._producer:
             self._producer.add(request)
@@ -147,6 +168,11 @@ class LynxConnector(KVConnectorBase_V1):
         if self._consumer:
             self._consumer.allocated(request, blocks, num_external_tokens)
 
+    def has_pending_push_work(self) -> bool:
+        """Keeps the engine stepping while transfers have to be given back that it does not know
+        yet."""
+        return self._consumer is not None and self._consumer.has_orphans
+
     def build_connector_meta(self, scheduler_output: "SchedulerOutput") -> LynxMetadata:
         metadata = LynxMetadata()
         if self._producer:
@@ -156,6 +182,8 @@ class LynxConnector(KVConnectorBase_V1):
         return metadata
 
     def update_connector_output(self, connector_output: "KVConnectorOutput") -> None:
+        if self._consumer:
+            self._consumer.received(connector_output.finished_recving or ())
         report = connector_output.kv_connector_worker_meta
         if not isinstance(report, LynxWorkerMetadata):
             return
@@ -279,6 +307,7 @@ class LynxConnector(KVConnectorBase_V1):
         if self._producer_worker:
             report.tables = self._producer_worker.take_report()
             report.link_mbit, report.step_ms = self._producer_worker.take_measured()
+            report.unwanted = self._producer_worker.take_unwanted()
         return report if report else None
 
     def get_kv_connector_stats(self) -> KVConnectorStats | None:
@@ -305,6 +334,10 @@ class LynxConnector(KVConnectorBase_V1):
         return LynxPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
     def shutdown(self) -> None:
+        if self._bootstrap:
+            self._bootstrap.stop()
+        if self._consumer:
+            self._consumer.stop()
         if self._producer_worker:
             self._producer_worker.stop()
         if self._consumer_worker or self._producer_worker:

@@ -73,6 +73,7 @@ class InboundTransfer:
         self._landed: deque[LandedRows] = deque()
         self._lock = threading.Lock()
         self._failure: str | None = None
+        self._first_token: int | None = None
         self._here = dict.fromkeys(buffers.tiers, load.first_token)
         """Per tier: tokens before this one have landed (where they have the tier)."""
 
@@ -170,6 +171,11 @@ class InboundTransfer:
             self._landed.append(LandedRows(piece, tier, tokens, exact))
         return not any(self._expected.values())
 
+    def prefilled(self, first_token: int | None) -> None:
+        """Keep the prefill's token for the main thread."""
+        with self._lock:
+            self._first_token = first_token
+
     def failed(self, cause: str) -> None:
         """Remember why nothing more will come."""
         with self._lock:
@@ -181,6 +187,12 @@ class InboundTransfer:
         """The oldest rows that are not in the cache yet."""
         with self._lock:
             return self._landed.popleft() if self._landed else None
+
+    def take_first_token(self) -> int | None:
+        """The token that the prefill has sampled, once after it came."""
+        with self._lock:
+            token, self._first_token = self._first_token, None
+            return token
 
     @property
     def failure(self) -> str | None:

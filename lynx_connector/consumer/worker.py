@@ -185,6 +185,8 @@ class ConsumerWorker:
             self._fail(transfer, failure)
             return
         load = transfer.load
+        if (token := transfer.take_first_token()) is not None:
+            self._report.first_tokens[load.request_id] = token
         start_on_anchor = load.speculative and transfer.anchored
         if not transfer.anchor_reported and (start_on_anchor or transfer.refined):
             transfer.anchor_reported = True

@@ -192,15 +192,24 @@ class Cluster:
         return environment
 
     def _router(self) -> ServerProcess:
-        port = free_port()
-        command = [console_script("vllm-router"), "--host", "127.0.0.1", "--port", str(port)]
-        command += ["--prometheus-port", str(free_port()), "--vllm-pd-disaggregation"]
-        command += ["--prefill", self.prefill.url, "--decode", self.decode.url]
-        # A retry would hide a failure, and count its time.
-        command += ["--disable-retries"]
-        environment = {**os.environ, "NO_PROXY": "*"}
-        url = f"http://127.0.0.1:{port}"
-        return ServerProcess("router", command, url, self.folder / "router.log", environment)
+        return router_process(self.prefill.url, self.decode.url, self.folder / "router.log")
+
+
+def router_process(
+    prefill_url: str, decode_url: str, log: Path, bootstrap_port: int = 0
+) -> ServerProcess:
+    """A stock vllm-router, not started: with NIXL's handoff, or Mooncake's where there is a
+    `bootstrap_port`."""
+    port = free_port()
+    command = [console_script("vllm-router"), "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--prometheus-port", str(free_port()), "--vllm-pd-disaggregation"]
+    command += ["--prefill", prefill_url]
+    if bootstrap_port:
+        command += [str(bootstrap_port), "--kv-connector", "mooncake"]
+    # A retry would hide a failure, and count its time.
+    command += ["--decode", decode_url, "--disable-retries"]
+    environment = {**os.environ, "NO_PROXY": "*"}
+    return ServerProcess("router", command, f"http://127.0.0.1:{port}", log, environment)
 
 
 def site_environment(model: str, site: Site) -> dict[str, str]:

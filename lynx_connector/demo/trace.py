@@ -55,8 +55,8 @@ class Trace(Timeline):
 
     @property
     def reply(self) -> float | None:
-        """When the prefill answered: the zero of every latency."""
-        return self.time("handoff")
+        """When the prefill ended: the zero of every latency."""
+        return self.time("prefilled")
 
     @property
     def wire_bytes(self) -> dict[str, int]:
@@ -79,7 +79,7 @@ class Trace(Timeline):
         else:
             last_tier = ("both tiers", "admitted", "refined")
         phases = [
-            ("prefill", "prefill_started", "handoff"),
+            ("prefill", "prefill_started", "prefilled"),
             ("anchor", "admitted", "anchor_landed"),
             last_tier,
             ("drafts", "drafting", "verify_started"),

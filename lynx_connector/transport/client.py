@@ -38,6 +38,9 @@ class Sink(Protocol):
         Raises TransferError if its content is not acceptable.
         """
 
+    def prefilled(self, first_token: int | None) -> None:
+        """The prefill has ended well, and sampled this token (None: not handed over)."""
+
     def failed(self, cause: str) -> None:
         """Nothing more will arrive."""
 
@@ -215,7 +218,9 @@ class _Peer:
                 elif isinstance(message, protocol.Failure):
                     if sink := self.sinks.get(message.transfer_id):
                         self.fail(sink, f"{self._name}: {message.cause}")
-                else:
+                elif isinstance(message, protocol.Prefilled):
+                    self._prefilled(message)
+                elif not isinstance(message, protocol.Prefilling):
                     raise ProtocolError(f"unexpected {type(message).__name__}")
         except (LynxError, ConnectionError) as error:
             cause = str(error)
@@ -271,6 +276,15 @@ class _Peer:
             self._complete.add(frame.transfer_id)  # the watch goes on until its tables are here
         elif complete:
             self.sinks.pop(frame.transfer_id, None)
+
+    def _prefilled(self, message: protocol.Prefilled) -> None:
+        sink = self.sinks.get(message.transfer_id)
+        if sink is None:
+            return  # complete, and decoding without it, or cancelled
+        if message.cause:
+            self.fail(sink, f"{self._name}: {message.cause}")
+        else:
+            sink.prefilled(message.first_token)
 
     async def _receive_tables(self, connection: Connection, header: protocol.Tables) -> None:
         buffer = self._wanted.buffer(header)

@@ -64,12 +64,13 @@ class FrameSource(ABC):
     def failed(self) -> None:
         """`take` raised: nothing more will be asked of this source."""
 
-    def sent(self, out: Outgoing, waited: float, seconds: float) -> None:
-        """The peer has a frame, `seconds` after its turn came and `waited` before that."""
-
+    @abstractmethod
     def waited(self, out: Outgoing) -> float:
         """Seconds for which a frame that was just taken could have gone."""
-        return 0.0
+
+    @abstractmethod
+    def sent(self, out: Outgoing, waited: float, seconds: float) -> None:
+        """The peer has a frame, `seconds` after its turn came and `waited` before that."""
 
     @abstractmethod
     def delivered(self) -> None:

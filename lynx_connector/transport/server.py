@@ -9,7 +9,7 @@ from lynx_connector import protocol
 from lynx_connector.errors import ProtocolError, TransferError
 from lynx_connector.events import EventLog
 from lynx_connector.producer.outbound import TierStream
-from lynx_connector.producer.staging import StagingStore
+from lynx_connector.producer.staging import StagedTransfer, StagingStore
 from lynx_connector.transport.connection import Connection
 from lynx_connector.transport.handshake import Identity, welcome
 from lynx_connector.transport.rate import RateMeter
@@ -75,7 +75,7 @@ class TierServer:
         while True:
             await asyncio.sleep(1.0)
             for session in self._sessions:
-                session.renew_leases()
+                session.keep_alive()
             for transfer in self._store.expire():
                 logger.warning(
                     "lynx: lease of transfer %s (request %s) expired, %d bytes of staging freed",
@@ -105,6 +105,8 @@ class TierServer:
 
     def notify(self) -> None:
         """New rows were encoded: wake the sender if it waits for them."""
+        for session in self._sessions:
+            session.send_outcomes()
         self._sender.wake()
 
     @property
@@ -125,6 +127,8 @@ class _Session:
     def __init__(self, server: TierServer, connection: Connection):
         self._server = server
         self._connection = connection
+        self._prefilling: dict[str, StagedTransfer] = {}
+        """Transfers whose outcome this consumer has not heard."""
 
     async def run(self) -> None:
         try:
@@ -179,6 +183,7 @@ class _Session:
             peer=self._connection.peer,
             first_token=fetch.first_token,
         )
+        self._prefilling[fetch.transfer_id] = transfer
         order, stream = server._sender.number(), None
         for tier in transfer.buffers.tiers:
             stream = TierStream(transfer, tier, fetch.first_token, stream)
@@ -187,6 +192,7 @@ class _Session:
                     server._sender, server._store, server._events, self._connection, order, stream
                 )
                 server._sender.add(source)
+        self.send_outcomes()
 
     def _want_tables(self, request: protocol.TablesRequest) -> None:
         sender = self._server._sender
@@ -199,13 +205,31 @@ class _Session:
         sender.add(TablesSource(tables, events, self._connection, sender.number(), request.digest))
 
     def _release(self, release: protocol.Release) -> None:
+        self._prefilling.pop(release.transfer_id, None)
         self._server._sender.cancel(self._connection, release.transfer_id)
-        self._server._store.drop(release.transfer_id, release.cause)
+        self._server._store.release(release.transfer_id, release.cause)
 
-    def renew_leases(self) -> None:
-        """A transfer that waits for its turn on the link is in contact, unless its peer hangs."""
+    def send_outcomes(self) -> None:
+        """Ahead of all frames: a first token is what a client waits for."""
+        for transfer in list(self._prefilling.values()):
+            if transfer.outcome is None:
+                if transfer.dropped:
+                    del self._prefilling[transfer.transfer_id]
+                continue
+            del self._prefilling[transfer.transfer_id]
+            if transfer.outcome.cause:
+                self._server._sender.cancel(self._connection, transfer.transfer_id)
+            self._connection.post(transfer.outcome)
+
+    def keep_alive(self) -> None:
+        """A transfer that waits for its turn on the link, or for its prefill, is in contact, unless
+        its peer hangs."""
         if self._server._sender.stalled(self._connection):
             return
+        waits = False
         for source in self._server._sender.sources(self._connection):
             if isinstance(source, TierSource):
                 source.transfer.touch()
+                waits |= source.transfer.encoded < source.transfer.num_tokens
+        if waits:
+            self._connection.post(protocol.Prefilling())

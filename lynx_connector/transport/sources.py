@@ -172,5 +172,12 @@ class TablesSource(FrameSource):
         logger.warning("lynx: consumer %s: tables %s: %s", self.connection.peer, self.key, cause)
         self.connection.post(protocol.NoTables(self.key, cause))
 
+    def waited(self, out: Outgoing) -> float:
+        """Tables are not encoded: they can go when they are asked for."""
+        return 0.0
+
+    def sent(self, out: Outgoing, waited: float, seconds: float) -> None:
+        """Nothing to report."""
+
     def delivered(self) -> None:
         """Nothing to report."""

@@ -8,7 +8,7 @@ what it cannot load; a second one, started where a test needs it, fails such req
 
 import pytest
 
-from lynx_connector.demo.cluster import Cluster, Side
+from lynx_connector.demo.cluster import Cluster, Side, free_port
 from lynx_connector.demo.link import loopback
 from lynx_connector.demo.model import ensure_model
 
@@ -37,13 +37,18 @@ def pair(model, tmp_path_factory):
         "transfer_timeout_seconds": 20,
         "tables_dir": str(folder / "tables-decode"),
     }
+    bootstrap = free_port()
     cluster = Cluster(
         model,
         folder,
         link=loopback(LINK_MBIT),
         dtype="float32",
         prefill=Side(
-            lynx={"tables_dir": str(folder / "tables-prefill"), "plan": "fixed"},
+            lynx={
+                "tables_dir": str(folder / "tables-prefill"),
+                "plan": "fixed",
+                "bootstrap_port": bootstrap,
+            },
             vllm_args=["--max-num-batched-tokens", str(PREFILL_CHUNK), "--served-model-name", "m"],
         ),
         decode=Side(
@@ -58,7 +63,7 @@ def pair(model, tmp_path_factory):
     )
     with cluster:
         cluster.start()
-        yield Pair(cluster)
+        yield Pair(cluster, bootstrap)
 
 
 @pytest.fixture(scope="session")

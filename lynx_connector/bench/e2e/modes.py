@@ -10,16 +10,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lynx_connector.bench.errors import BenchError
-from lynx_connector.config import LynxConfig
 from lynx_connector.launch import Role
 
 LYNX, NIXL = "LynxConnector", "NixlConnector"
 _BLOCKING = {"vllm_xargs": {"lynx_start": "blocking"}}
-_PLAIN = {
-    key: value
-    for key, value in {"early_reply": False, "first_token": False, "plan": "fixed"}.items()
-    if key in LynxConfig.model_fields
-}
+_PLAIN = {"early_reply": False, "first_token": False, "plan": "fixed"}
 """A plain transfer: the codec named, all of it after the prefill, no token before it."""
 
 

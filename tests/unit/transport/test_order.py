@@ -72,7 +72,7 @@ def test_thousands_of_requests_on_an_overloaded_link(seed):
             item = Item(rank, number, int(1.2 * FRAME) if rank == 0 else FRAME, added=now)
             order.add(item)
             waiting.append(item)
-        number += 1
+        number += 1  # noqa: SIM113
         best = min((i for i in order if i.ready), key=lambda i: (i.rank, i.order))
         item, size = serve(order, now)
         all_bytes += size
