@@ -18,6 +18,10 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorTransferResults,
     KVConnectorWorkerMetadata,
 )
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
+    KVConnectorPromMetrics,
+    KVConnectorStats,
+)
 
 from lynx_connector import __version__, identity
 from lynx_connector.config import LynxConfig, StartMode
@@ -31,11 +35,15 @@ __all__ = [
     "KVConnectorBase_V1",
     "KVConnectorHandshakeMetadata",
     "KVConnectorMetadata",
+    "KVConnectorPromMetrics",
     "KVConnectorRole",
+    "KVConnectorStats",
     "KVConnectorTransferResults",
     "KVConnectorWorkerMetadata",
+    "check_bootstrap",
     "check_supported",
     "compatibility_hash",
+    "has_lynx_scheduler",
     "key_rotation",
     "resolve_start",
     "warm_up_verification",
@@ -101,25 +109,48 @@ def _flag(key: str) -> str:
     return key.replace("_", "-")
 
 
+def _scheduler_name(vllm_config: "VllmConfig") -> str:
+    scheduler_cls = vllm_config.scheduler_config.scheduler_cls
+    if isinstance(scheduler_cls, str):
+        return scheduler_cls
+    return getattr(scheduler_cls, "__qualname__", "")
+
+
+def has_lynx_scheduler(vllm_config: "VllmConfig") -> bool:
+    """Whether this instance runs with one of Lynx's schedulers."""
+    name = _scheduler_name(vllm_config)
+    return name.rsplit(".", 1)[-1] in ("LynxScheduler", "LynxAsyncScheduler")
+
+
+def check_bootstrap(config: LynxConfig, vllm_config: "VllmConfig") -> None:
+    """Refuse a bootstrap server that several engines would have to share.
+
+    Raises:
+        ConfigError: naming both settings.
+    """
+    size = vllm_config.parallel_config.data_parallel_size
+    if config.bootstrap_port and size > 1:
+        raise ConfigError(
+            f"kv_connector_extra_config.bootstrap_port = {config.bootstrap_port} does not go with "
+            f"--data-parallel-size {size}: run one server per engine, or a router that speaks the "
+            "NIXL handoff and bootstrap_port 0"
+        )
+
+
 def resolve_start(config: LynxConfig, vllm_config: "VllmConfig") -> bool:
     """Whether requests of this consumer start on the anchor unless they say otherwise.
 
     Raises:
         ConfigError: `start: speculative` without LynxScheduler.
     """
-    scheduler_cls = vllm_config.scheduler_config.scheduler_cls
-    name = (
-        scheduler_cls
-        if isinstance(scheduler_cls, str)
-        else getattr(scheduler_cls, "__qualname__", "")
-    )
-    present = bool(name) and name.rsplit(".", 1)[-1] in ("LynxScheduler", "LynxAsyncScheduler")
+    present = has_lynx_scheduler(vllm_config)
     kv_transfer = vllm_config.kv_transfer_config
     if config.start is StartMode.SPECULATIVE and not present and kv_transfer.is_kv_consumer:
         raise ConfigError(
             "kv_connector_extra_config.start = 'speculative' needs --scheduler-cls "
             "lynx_connector.scheduler.LynxScheduler (or LynxAsyncScheduler with asynchronous "
-            f"scheduling), found {name or 'none'}; or set start to 'blocking'"
+            f"scheduling), found {_scheduler_name(vllm_config) or 'none'}; "
+            "or set start to 'blocking'"
         )
     return present and config.start is not StartMode.BLOCKING
 

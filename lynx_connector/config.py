@@ -51,6 +51,13 @@ class StartMode(enum.StrEnum):
     BLOCKING = "blocking"
 
 
+class PlanMode(enum.StrEnum):
+    """Who decides how a request's KV is sent."""
+
+    AUTO = "auto"
+    FIXED = "fixed"
+
+
 class FinalTier(enum.StrEnum):
     """The tier that verification waits for."""
 
@@ -79,6 +86,12 @@ class LynxConfig(BaseModel):
         description="Producer: what verification waits for. `residual`: the 8-bit cache; `exact`: "
         "a third tier that restores every bit of the cache.",
     )
+    plan: PlanMode = Field(
+        PlanMode.FIXED,
+        description="Producer: `auto` chooses per request, once the link has been measured, "
+        "between `codec` (of `klt` any anchor_bits) and `bf16`, whichever brings the 32nd token "
+        "sooner; `fixed` always sends as configured. Neither lowers `final_tier`.",
+    )
     learn_tokens: Annotated[int, Field(ge=0, le=1 << 20)] = Field(
         8192,
         description="Producer: prompt tokens from which `klt` learns its tables; 0 learns nothing "
@@ -97,6 +110,12 @@ class LynxConfig(BaseModel):
     )
     draft_limit: Annotated[int, Field(ge=1, le=1024)] = Field(
         64, description="Consumer: most tokens drafted before verification, per request."
+    )
+    first_token: bool = Field(
+        True,
+        description="Producer: hand over the token that the prefill sampled; consumer (with "
+        "LynxScheduler): emit it before any KV has arrived. Not for requests where that would not "
+        "be exact or complete: logprobs, n > 1, structured output, a seed on vLLM's V1 runner.",
     )
     verify_rows: Annotated[int, Field(ge=1, le=256)] = Field(
         8,
@@ -122,6 +141,21 @@ class LynxConfig(BaseModel):
         ByteSize(4 << 30),
         description="Host memory for encoded tiers, per worker. A full staging refuses new "
         "transfers (producer) or queues them (consumer).",
+    )
+    early_reply: bool = Field(
+        True,
+        description="Producer: answer the router when a prefill is first scheduled, so that its "
+        "KV crosses the network while it runs (needs LynxScheduler); else when it has ended.",
+    )
+    waiting_tokens: Annotated[int, Field(ge=0)] = Field(
+        0,
+        description="Consumer: most prompt tokens whose KV blocks are held by requests that wait "
+        "for a prefill that still runs; more of them wait without blocks. 0: half of the cache.",
+    )
+    bootstrap_port: Annotated[int, Field(ge=0, le=65535)] = Field(
+        0,
+        description="Producer: TCP port of the HTTP server for routers that speak Mooncake's "
+        "handoff (`GET /query`, `transfer_id`); 0: none.",
     )
     lease_seconds: Annotated[float, Field(gt=0, le=86400)] = Field(
         120.0,

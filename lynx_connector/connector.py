@@ -17,16 +17,23 @@ from lynx_connector.compat import (
     KVConnectorBase_V1,
     KVConnectorHandshakeMetadata,
     KVConnectorMetadata,
+    KVConnectorPromMetrics,
     KVConnectorRole,
+    KVConnectorStats,
     KVConnectorTransferResults,
     KVConnectorWorkerMetadata,
 )
-from lynx_connector.config import LynxConfig
+from lynx_connector.config import LynxConfig, PlanMode
 from lynx_connector.consumer.scheduler import ConsumerScheduler
 from lynx_connector.events import EventLog
 from lynx_connector.metadata import LynxHandshakeMetadata, LynxMetadata, LynxWorkerMetadata
+from lynx_connector.metrics import CONSUMER, PRODUCER, Meter
+from lynx_connector.plan import KVShape
+from lynx_connector.plan.planner import Planner
+from lynx_connector.producer.bootstrap import BootstrapServer
 from lynx_connector.producer.scheduler import ProducerScheduler
-from lynx_connector.scheduler.port import SpeculationPort
+from lynx_connector.scheduler.port import EarlyReplyPort, SpeculationPort
+from lynx_connector.stats import LynxPromMetrics, LynxStats
 
 if TYPE_CHECKING:
     import torch
@@ -60,13 +67,19 @@ class LynxConnector(KVConnectorBase_V1):
         compat.check_supported(vllm_config, kv_cache_config)
         self._speculative = compat.resolve_start(self._config, vllm_config)
         self._block_size = vllm_config.cache_config.block_size
+        self._meter = Meter()
         self._events = EventLog(
-            self._config.events_file, "producer" if transfer.is_kv_producer else "consumer"
+            self._config.events_file,
+            PRODUCER if transfer.is_kv_producer else CONSUMER,
+            self._meter,
+            transfer.engine_id,
         )
+        self._consumer_events = self._events.for_consumer()
         self._producer: ProducerScheduler | None = None
         self._consumer: ConsumerScheduler | None = None
         self._producer_worker: ProducerWorker | None = None
         self._consumer_worker: ConsumerWorker | None = None
+        self._bootstrap: BootstrapServer | None = None
         if role == KVConnectorRole.SCHEDULER:
             self._init_scheduler(vllm_config)
 
@@ -76,6 +89,9 @@ class LynxConnector(KVConnectorBase_V1):
         transfer = vllm_config.kv_transfer_config
         tp_size = vllm_config.parallel_config.tensor_parallel_size
         if transfer.is_kv_producer:
+            compat.check_bootstrap(self._config, vllm_config)
+            if self._config.bootstrap_port:
+                self._bootstrap = BootstrapServer(self._config.bootstrap_port, transfer.engine_id)
             self._producer = ProducerScheduler(
                 self._config,
                 transfer.engine_id,
@@ -83,8 +99,19 @@ class LynxConnector(KVConnectorBase_V1):
                 tp_size,
                 self._block_size,
                 self._events,
+                self._planner(vllm_config),
+                bootstrap=self._bootstrap,
+                v2_runner=vllm_config.use_v2_model_runner,
+                custom_logits=bool(vllm_config.model_config.logits_processors),
+            )
+            early = self._config.early_reply and compat.has_lynx_scheduler(vllm_config)
+            logger.info(
+                "lynx: prefills are answered when they %s%s",
+                "are first scheduled" if early else "have ended",
+                "" if early == self._config.early_reply else ": early_reply needs LynxScheduler",
             )
         if transfer.is_kv_consumer:
+            cache_tokens = self._kv_cache_config.num_blocks * self._block_size
             self._consumer = ConsumerScheduler(
                 self._config,
                 self._speculative,
@@ -92,7 +119,8 @@ class LynxConnector(KVConnectorBase_V1):
                 transfer.kv_load_failure_policy == "recompute",
                 tp_size,
                 self._block_size,
-                self._events,
+                self._consumer_events,
+                self._config.waiting_tokens or cache_tokens // 2,
             )
             logger.info(
                 "lynx: decode requests start %s; on a failed transfer: %s",
@@ -100,12 +128,28 @@ class LynxConnector(KVConnectorBase_V1):
                 transfer.kv_load_failure_policy,
             )
 
+    def _planner(self, vllm_config: "VllmConfig") -> Planner:
+        group = self._kv_cache_config.kv_cache_groups[0]
+        spec = group.kv_cache_spec
+        dtype = str(spec.dtype).rsplit(".")[-1]
+        return Planner(
+            self._config.plan is PlanMode.AUTO,
+            KVShape(len(group.layer_names), spec.num_kv_heads, spec.head_size, dtype),
+            "cpu" if vllm_config.device_config.device_type == "cpu" else "gpu",
+            self._config.link_mbit,
+        )
+
     # ---- scheduler side ---------------------------------------------------------------------
 
     @property
     def speculation(self) -> SpeculationPort | None:
         """What LynxScheduler needs; None on an instance that never consumes."""
         return self._consumer
+
+    @property
+    def early_replies(self) -> EarlyReplyPort | None:
+        """What LynxScheduler needs to answer prefills early; None on an instance without them."""
+        return self._producer
 
     def on_new_request(self, request: "Request") -> None:
         if self._producer:
@@ -124,15 +168,22 @@ class LynxConnector(KVConnectorBase_V1):
         if self._consumer:
             self._consumer.allocated(request, blocks, num_external_tokens)
 
+    def has_pending_push_work(self) -> bool:
+        """Keeps the engine stepping while transfers have to be given back that it does not know
+        yet."""
+        return self._consumer is not None and self._consumer.has_orphans
+
     def build_connector_meta(self, scheduler_output: "SchedulerOutput") -> LynxMetadata:
         metadata = LynxMetadata()
         if self._producer:
             self._producer.fill(metadata, scheduler_output)
         if self._consumer:
-            self._consumer.fill(metadata)
+            self._consumer.fill(metadata, scheduler_output.num_scheduled_tokens)
         return metadata
 
     def update_connector_output(self, connector_output: "KVConnectorOutput") -> None:
+        if self._consumer:
+            self._consumer.received(connector_output.finished_recving or ())
         report = connector_output.kv_connector_worker_meta
         if not isinstance(report, LynxWorkerMetadata):
             return
@@ -210,7 +261,9 @@ class LynxConnector(KVConnectorBase_V1):
         if transfer.is_kv_consumer:
             if self._speculative:
                 compat.warm_up_verification(vllm_config, cache.device)
-            self._consumer_worker = ConsumerWorker(context)
+            self._consumer_worker = ConsumerWorker(
+                dataclasses.replace(context, events=self._consumer_events)
+            )
 
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
         worker = self._producer_worker
@@ -253,11 +306,41 @@ class LynxConnector(KVConnectorBase_V1):
             report = self._consumer_worker.take_report()
         if self._producer_worker:
             report.tables = self._producer_worker.take_report()
+            report.link_mbit, report.step_ms = self._producer_worker.take_measured()
+            report.unwanted = self._producer_worker.take_unwanted()
         return report if report else None
 
+    def get_kv_connector_stats(self) -> KVConnectorStats | None:
+        for role, worker in ((PRODUCER, self._producer_worker), (CONSUMER, self._consumer_worker)):
+            if worker is not None:
+                for name, value in worker.gauges().items():
+                    self._meter.set(name, value, role, str(worker.rank))
+        return LynxStats.take(self._meter)
+
+    # ---- front end ----------------------------------------------------------------------------
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVConnectorStats:
+        return LynxStats(data=data or {})
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: "VllmConfig",
+        metric_types: dict[type, type],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> KVConnectorPromMetrics:
+        return LynxPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
     def shutdown(self) -> None:
+        if self._bootstrap:
+            self._bootstrap.stop()
+        if self._consumer:
+            self._consumer.stop()
         if self._producer_worker:
             self._producer_worker.stop()
         if self._consumer_worker or self._producer_worker:
             self._loop.stop()
         self._events.close()
+        self._consumer_events.close()

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The events file: one JSON object a line for every step of every request.
+"""The steps of every request, for the events file and for the metrics.
 
-Each process appends whole lines, so that several may share a file. Times are Unix seconds.
+The file has one JSON object a line. Each process appends whole lines, so that several may share a
+file. Times are Unix seconds. docs/metrics.md names all events and their fields.
 """
 
 import os
@@ -11,25 +12,45 @@ from typing import Any
 
 import msgspec
 
+from lynx_connector.metrics import CONSUMER, Meter
+
 _encode = msgspec.json.Encoder().encode
 
 
 class EventLog:
-    """Appends events of one role (`producer` or `consumer`); a no-op without a path."""
+    """Events of one role (`producer` or `consumer`) of one instance.
 
-    def __init__(self, path: Path | None, role: str):
+    They go to a file, if there is a path, and to a meter, if there is one.
+    """
+
+    def __init__(
+        self, path: Path | None, role: str, meter: Meter | None = None, engine: str | None = None
+    ):
         self._role = role
+        self._meter = meter
+        self._engine = engine
         self._fd = None if path is None else os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+
+    def for_consumer(self) -> "EventLog":
+        """The same for the consumer's half of an instance that is both."""
+        if self._role == CONSUMER:
+            return self
+        other = EventLog(None, CONSUMER, self._meter, self._engine)
+        other._fd = None if self._fd is None else os.dup(self._fd)
+        return other
 
     def __call__(
         self, event: str, request: str | None, transfer: str | None = None, **fields: Any
     ) -> None:
-        """Append one event. O_APPEND keeps lines of different processes whole."""
+        """Record one event. O_APPEND keeps lines of different processes whole."""
+        if self._meter is not None:
+            self._meter(event, self._role, fields)
         if self._fd is None:
             return
         line = {
             "t": time.time(),
             "role": self._role,
+            "engine": self._engine,
             "event": event,
             "request": request,
             "transfer": transfer,
@@ -42,3 +63,6 @@ class EventLog:
         if self._fd is not None:
             os.close(self._fd)
             self._fd = None
+
+
+SILENT = EventLog(None, CONSUMER)

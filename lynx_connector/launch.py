@@ -74,7 +74,7 @@ def serve_command(role: Role, model: str, vllm_args: Sequence[str], *, cpu: bool
             flag = f"--kv-transfer-config.{key}"
             if flag not in given:
                 command += [flag, value]
-    if role is Role.DECODE and "--scheduler-cls" not in given:
+    if "--scheduler-cls" not in given:
         command += ["--scheduler-cls", _scheduler(vllm_args, given, cpu)]
     return [*command, *vllm_args]
 

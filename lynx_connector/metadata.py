@@ -39,6 +39,18 @@ class EncodeChunk:
 
 
 @dataclass(frozen=True)
+class PrefillOutcome:
+    """Producer: how a prefill ended whose router had its reply before."""
+
+    request_id: str
+    transfer_id: str
+    first_token: int | None
+    """What it sampled, None where that is not handed over."""
+    cause: str = ""
+    """Why it failed; empty: it did not."""
+
+
+@dataclass(frozen=True)
 class LoadRequest:
     """Consumer: fetch tokens [first_token, num_tokens) into `block_ids`."""
 
@@ -60,6 +72,8 @@ class LoadRequest:
     final_tier: str = "residual"
     tables: list[str] = field(default_factory=list)
     """Digest per rank, empty for a codec without learned tables."""
+    step_ms: float = 0.0
+    """This instance's recent decode step time; 0: not known."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +95,7 @@ class LynxMetadata:
     """Producer: request ids whose staging is not wanted any more."""
     preempted: set[str] = field(default_factory=set)
     """Producer: request ids whose blocks are being taken away."""
+    outcomes: list[PrefillOutcome] = field(default_factory=list)
     loads: list[LoadRequest] = field(default_factory=list)
     cancelled: list[tuple[str, str]] = field(default_factory=list)
     """Consumer: (request id, cause)."""
@@ -97,12 +112,20 @@ class LynxWorkerMetadata:
     """Request id -> number of ranks that have patched the final tier."""
     failed: dict[str, str] = field(default_factory=dict)
     """Request id -> cause, for transfers lost after the anchor was reported."""
+    first_tokens: dict[str, int] = field(default_factory=dict)
+    """Request id -> the token that its prefill sampled, where it came over the transport."""
     tables: dict[int, str] = field(default_factory=dict)
     """Producer: rank -> digest of the tables that its next requests may use."""
+    link_mbit: dict[int, float] = field(default_factory=dict)
+    """Producer: rank -> measured rate of its link; the slowest rank's counts."""
+    step_ms: dict[int, float] = field(default_factory=dict)
+    """Producer: rank -> decode step time that a decode instance named last."""
+    unwanted: set[str] = field(default_factory=set)
+    """Producer: request ids whose transfer was released before their prefill had ended."""
 
     def __bool__(self) -> bool:
         """Whether there is anything to report."""
-        return bool(self.anchored or self.refined or self.failed or self.tables)
+        return any(vars(self).values())
 
     def aggregate(self, other: "LynxWorkerMetadata") -> "LynxWorkerMetadata":
         """Combine the reports of two ranks."""
@@ -110,7 +133,11 @@ class LynxWorkerMetadata:
             self.refined[request_id] = self.refined.get(request_id, 0) + ranks
         self.failed.update(other.failed)
         self.anchored.update(other.anchored)
+        self.first_tokens.update(other.first_tokens)
         self.tables.update(other.tables)
+        self.link_mbit.update(other.link_mbit)
+        self.step_ms.update(other.step_ms)
+        self.unwanted |= other.unwanted
         return self
 
 

@@ -10,17 +10,22 @@ Version history:
     2  learned tables (announced in Welcome, TablesRequest, Tables, NoTables); anchor frames carry
        vectors that travel raw; a third, variable-length tier; the handoff names anchor_bits,
        final_tier and tables.
+    3  the first token: in the handoff, or in Prefilled after an early reply; Prefilling; the
+       handoff says whether its reply was early, and names the prompt. Fetch names the
+       consumer's step time, the handoff how many drafts are worth it.
 """
 
 import struct
 from typing import Annotated, Any, Literal
 
 import msgspec
+import numpy as np
+import xxhash
 from msgspec import Meta
 
 from lynx_connector.errors import ProtocolError
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 SLOT_BYTES = 1024
 _LENGTH = struct.Struct("<4sI")
@@ -36,6 +41,7 @@ Count = Annotated[int, Meta(ge=0, le=1 << 40)]
 Nonce = Annotated[bytes, Meta(max_length=64)]
 PayloadBytes = Annotated[int, Meta(ge=1, le=1 << 30)]
 Checksum = Annotated[int, Meta(ge=0)]
+TokenId = Annotated[int, Meta(ge=0, lt=1 << 31)]
 # Digests become file names: nothing but hex digits may pass. \Z, since $ allows a final newline.
 Digest = Annotated[str, Meta(pattern=r"^[0-9a-f]{32}\Z")]
 MaybeDigest = Annotated[str, Meta(pattern=r"^(?:[0-9a-f]{32})?\Z")]
@@ -90,11 +96,15 @@ class Refused(Message):
 
 
 class Fetch(Message):
-    """Consumer asks for the tiers of one transfer, tokens [first_token, num_tokens)."""
+    """Consumer asks for the tiers of one transfer, tokens [first_token, num_tokens).
+
+    `step_ms` is its recent decode step time, by which the producer plans; 0: not known.
+    """
 
     transfer_id: Id
     first_token: Count
     num_tokens: Count
+    step_ms: Annotated[float, Meta(ge=0, le=600_000)] = 0.0
 
 
 class Release(Message):
@@ -109,6 +119,22 @@ class Failure(Message):
 
     transfer_id: Id
     cause: Text
+
+
+class Prefilled(Message):
+    """Producer: the prefill of a transfer that was answered early has ended.
+
+    `first_token` is what it sampled, None where that is not handed over. With a `cause` the
+    prefill has failed, and so has the transfer.
+    """
+
+    transfer_id: Id
+    first_token: TokenId | None = None
+    cause: Text = ""
+
+
+class Prefilling(Message):
+    """Producer, now and then: prefills that this connection waits for still run."""
 
 
 class TablesRequest(Message):
@@ -173,6 +199,8 @@ AnyMessage = (
     | Fetch
     | Release
     | Failure
+    | Prefilled
+    | Prefilling
     | TablesRequest
     | Tables
     | NoTables
@@ -222,7 +250,11 @@ class LynxParams(msgspec.Struct, forbid_unknown_fields=False):
 
     Unknown fields are ignored, so that a newer producer can add some without a new version.
     `tables` holds a digest per rank for a codec with learned tables, and is empty for the others.
-    `final_tier` is the tier that verification waits for.
+    `final_tier` is the tier that verification waits for. `draft_limit` is how many drafts are worth
+    their verification, by the producer's plan; 0: it does not say. `first_token` is what the
+    prefill sampled, None where it is not handed over or not known yet; `sampling` says under which
+    parameters (`first_token.sampling_digest`), so that a consumer can tell whether they are its
+    own.
     """
 
     version: int
@@ -234,6 +266,13 @@ class LynxParams(msgspec.Struct, forbid_unknown_fields=False):
     anchor_bits: AnchorBits
     final_tier: FinalTier
     tables: Annotated[list[Digest], Meta(max_length=512)]
+    draft_limit: Annotated[int, Meta(ge=0, le=1024)] = 0
+    early: bool = False
+    """The prefill still ran when this was said; how it ends comes over the transport."""
+    prompt: Annotated[str, Meta(max_length=16)] = ""
+    """`prompt_digest` of the prompt; empty where it has no token ids."""
+    first_token: TokenId | None = None
+    sampling: MaybeDigest = ""
 
 
 class Handoff(msgspec.Struct, forbid_unknown_fields=False):
@@ -255,6 +294,52 @@ class Handoff(msgspec.Struct, forbid_unknown_fields=False):
     def address(self, rank: int) -> tuple[str, int]:
         """Where the producer's worker `rank` listens."""
         return self.remote_host, self.lynx.ports[rank]
+
+
+class MooncakeLeg(msgspec.Struct, forbid_unknown_fields=False):
+    """A decode leg of a router that speaks Mooncake's handoff.
+
+    Source of the shape: mooncake/mooncake_connector.py beside the NIXL connector.
+    """
+
+    transfer_id: Id
+    remote_engine_id: Id
+    remote_bootstrap_addr: Annotated[str, Meta(max_length=256, pattern=r"^https?://[^/?#@\s]+/?\Z")]
+
+
+class BootstrapAnswer(msgspec.Struct, omit_defaults=True):
+    """What a prefill's bootstrap server says of a transfer.
+
+    unknown: no prefill leg has come (or it was long ago). pending: it waits for its turn. ready:
+    `handoff` is what a reply in the NIXL shape would carry. failed: `cause` says why.
+    """
+
+    state: Literal["unknown", "pending", "ready", "failed"]
+    handoff: dict[str, Any] | None = None
+    cause: Text = ""
+
+
+def prompt_digest(token_ids: list[int] | None) -> str:
+    """xxh3-64 of a prompt's token ids (int64, little-endian) as hex; empty for None."""
+    if token_ids is None:
+        return ""
+    return xxhash.xxh3_64_hexdigest(np.asarray(token_ids, "<i8").tobytes())
+
+
+def parse_mooncake_leg(params: dict[str, Any]) -> MooncakeLeg | None:
+    """A decode leg in Mooncake's shape; None if it has another one.
+
+    Raises:
+        ProtocolError: naming what is missing or wrong.
+    """
+    if "lynx" in params or "remote_bootstrap_addr" not in params:
+        return None
+    try:
+        leg = msgspec.convert(params, MooncakeLeg)
+    except msgspec.ValidationError as error:
+        raise ProtocolError(f"malformed kv_transfer_params: {error}") from None
+    leg.remote_bootstrap_addr = leg.remote_bootstrap_addr.rstrip("/")
+    return leg
 
 
 def parse_handoff(params: dict[str, Any]) -> Handoff:

@@ -170,12 +170,6 @@ class TierBuffers:
                 shape = (len(piece.tokens), piece.codec.bytes_per_token(tier))
                 piece.rows[tier] = np.empty(shape, np.uint8)
 
-    def forget_encoded(self) -> None:
-        """Drop what was encoded beside the rows: the prefill starts over."""
-        for piece in self.pieces:
-            piece.raw.clear()
-            piece.exact_runs.clear()
-
     def overlapping(self, tokens: TokenRange) -> Iterator[tuple[Piece, TokenRange]]:
         """Every piece that shares tokens with `tokens`, and the shared range."""
         for piece in self.pieces:

@@ -20,7 +20,8 @@ app = typer.Typer(
 )
 
 bench_app = typer.Typer(
-    help="Measure codecs on real KV tensors, and kernels on this machine.", no_args_is_help=True
+    help="Measure codecs on real KV tensors, kernels on this machine, and whole servers.",
+    no_args_is_help=True,
 )
 app.add_typer(bench_app, name="bench")
 
@@ -112,6 +113,85 @@ def calibrate(
     run(target, [*text, *(more_texts or [])], tokens)
 
 
+@app.command()
+def trace(
+    events: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="EVENTS_FILE...", help="events_file of prefill and decode instances."
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where the trace is written.")] = Path(
+        "trace.json"
+    ),
+) -> None:
+    """Timelines of all requests, for https://ui.perfetto.dev or chrome://tracing."""
+    from lynx_connector.cli.run_trace import run
+
+    run(events, out)
+
+
+@app.command()
+def plan(
+    model: Annotated[
+        str | None, typer.Argument(help="Model folder or hub name; only its config.json is read.")
+    ] = None,
+    layers: Annotated[int | None, typer.Option(help="Instead of a model: its layers,")] = None,
+    kv_heads: Annotated[int | None, typer.Option(help="its KV heads")] = None,
+    head_dim: Annotated[int | None, typer.Option(help="and its head size.")] = None,
+    dtype: Annotated[
+        str, typer.Option(help="Of the KV cache: bfloat16, float16, float32; auto: the model's.")
+    ] = "auto",
+    tensor_parallel_size: Annotated[
+        int, typer.Option(help="Workers; each sends its heads over a link of the rates given.")
+    ] = 1,
+    tokens: Annotated[
+        list[int] | None, typer.Option(help="Prompt length; repeat it for more. Default: 4096.")
+    ] = None,
+    link_mbit: Annotated[
+        list[float] | None,
+        typer.Option(help="Link rate in Mbit/s; repeat it. Default: 100, 1000, 10000, 100000."),
+    ] = None,
+    step_ms: Annotated[float, typer.Option(help="A decode step.")] = 30.0,
+    prefill_tokens_s: Annotated[
+        float | None, typer.Option(help="Speed of the prefill; none: it has the prompt cached.")
+    ] = None,
+    token: Annotated[int, typer.Option(help="The token whose time is compared.")] = 32,
+    codec: Annotated[str, typer.Option(help="Lynx's: klt or hadamard.")] = "klt",
+    anchor_bits: Annotated[int, typer.Option(help="Of klt: 3, 4 or 5.")] = 4,
+    final_tier: Annotated[str, typer.Option(help="residual or exact.")] = "residual",
+    device: Annotated[str, typer.Option(help="Where codecs run: gpu or cpu.")] = "gpu",
+    paper: Annotated[
+        bool, typer.Option("--paper", help="The paper's set-up instead, and how well it is met.")
+    ] = False,
+    png: Annotated[Path | None, typer.Option(help="Picture: time against link rate.")] = None,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Where the predictions are written.")
+    ] = None,
+) -> None:
+    """Predict the first and the k-th token for bf16, int8, int4 and Lynx; where each is best."""
+    from lynx_connector.cli import run_plan
+
+    if paper:
+        run_plan.run_paper(png, json_path)
+        return
+    model_options = run_plan.ModelOptions(
+        model, layers, kv_heads, head_dim, dtype, tensor_parallel_size
+    )
+    conditions = run_plan.Conditions(
+        tokens or [4096],
+        link_mbit or [100.0, 1000.0, 10_000.0, 100_000.0],
+        step_ms,
+        prefill_tokens_s,
+        token,
+        codec,
+        anchor_bits,
+        final_tier,
+        device,
+    )
+    run_plan.run(model_options, conditions, png, json_path)
+
+
 @bench_app.command("codec")
 def bench_codec(
     model: Annotated[Path, typer.Option(help="Model folder.")],
@@ -131,6 +211,41 @@ def bench_codec(
 
     texts = [*text, *(more_texts or [])]
     run(model, texts, json_path, png, starts, codec or [], prompt_tokens, dtype)
+
+
+@bench_app.command("e2e")
+def bench_e2e(
+    json_path: Annotated[Path, typer.Option("--json", help="Where the report is written.")],
+    png: Annotated[Path | None, typer.Option(help="Picture: 32nd token against link.")] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="About five minutes: fewer modes, links and prompts.")
+    ] = False,
+    model: Annotated[
+        str | None, typer.Option(help="Model folder or hub name; default: a small one, fetched.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="vLLM's dtype.")] = "bfloat16",
+    mode: Annotated[
+        list[str] | None, typer.Option(help="Mode to measure; repeat it for more. Default: all.")
+    ] = None,
+    link_mbit: Annotated[
+        list[float] | None, typer.Option(help="Rate in Mbit/s, 0 for no limit; repeat for more.")
+    ] = None,
+    prompt_tokens: Annotated[list[int] | None, typer.Option(help="Repeat for more.")] = None,
+    prefill: Annotated[list[str] | None, typer.Option(help="cold, cached; default: both.")] = None,
+    concurrency: Annotated[
+        list[int] | None, typer.Option(help="Requests at a time; repeat for more.")
+    ] = None,
+    repeats: Annotated[int | None, typer.Option(help="Of every combination. Default: 3.")] = None,
+    logs: Annotated[Path, typer.Option(help="Folder for logs and events.")] = Path("e2e-logs"),
+    namespaces: Annotated[
+        bool, typer.Option(help="Put the servers into network namespaces where allowed (root).")
+    ] = True,
+) -> None:
+    """Real servers on a shaped link: single vLLM, NixlConnector, Lynx. Tokens against time."""
+    from lynx_connector.cli.run_bench_e2e import Chosen, run
+
+    chosen = Chosen(mode, link_mbit, prompt_tokens, prefill, concurrency, repeats)
+    run(json_path, png, quick, model, dtype, chosen, logs, namespaces)
 
 
 @bench_app.command("kernels")

@@ -66,11 +66,14 @@ class InboundTransfer:
         self.started = time.monotonic()
         self.wire_bytes = dict.fromkeys(buffers.tiers, 0)
         self.written = dict.fromkeys(buffers.tiers, 0)
+        self.tier_seconds: dict[Tier, float] = {}
+        """From the start of the fetch until the whole tier was here."""
         self.anchor_reported = False
         self._expected = {tier: self._frames_of(tier) for tier in buffers.tiers}
         self._landed: deque[LandedRows] = deque()
         self._lock = threading.Lock()
         self._failure: str | None = None
+        self._first_token: int | None = None
         self._here = dict.fromkeys(buffers.tiers, load.first_token)
         """Per tier: tokens before this one have landed (where they have the tier)."""
 
@@ -162,9 +165,16 @@ class InboundTransfer:
         if tokens.end == piece.tokens.end:
             queue.popleft()
         with self._lock:
+            if not queue:
+                self.tier_seconds[tier] = time.monotonic() - self.started
             self.wire_bytes[tier] += frame.num_bytes
             self._landed.append(LandedRows(piece, tier, tokens, exact))
         return not any(self._expected.values())
+
+    def prefilled(self, first_token: int | None) -> None:
+        """Keep the prefill's token for the main thread."""
+        with self._lock:
+            self._first_token = first_token
 
     def failed(self, cause: str) -> None:
         """Remember why nothing more will come."""
@@ -177,6 +187,12 @@ class InboundTransfer:
         """The oldest rows that are not in the cache yet."""
         with self._lock:
             return self._landed.popleft() if self._landed else None
+
+    def take_first_token(self) -> int | None:
+        """The token that the prefill has sampled, once after it came."""
+        with self._lock:
+            token, self._first_token = self._first_token, None
+            return token
 
     @property
     def failure(self) -> str | None:
@@ -214,10 +230,12 @@ class InboundTransfer:
     def statistics(self) -> dict:
         """Bytes on the wire per tier and seconds since the fetch."""
         with self._lock:
+            seconds = {tier.name.lower(): round(s, 4) for tier, s in self.tier_seconds.items()}
             wire = {tier.name.lower(): count for tier, count in self.wire_bytes.items()}
         return {
             "bytes": sum(wire.values()),
             "wire_bytes": wire,
+            "tier_seconds": seconds,
             "seconds": round(time.monotonic() - self.started, 4),
         }
 

@@ -5,11 +5,17 @@ Pure Python; runs without torch. Implements `lynx_connector.scheduler.port.Specu
 """
 
 import logging
+import time
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lynx_connector import first_token
 from lynx_connector.config import ONE_TIER_CODECS, LynxConfig, StartMode
-from lynx_connector.errors import ProtocolError
+from lynx_connector.consumer.bootstrap import BootstrapClient
+from lynx_connector.consumer.waiting import WaitingRoom
+from lynx_connector.errors import LynxError, ProtocolError
 from lynx_connector.events import EventLog
 from lynx_connector.metadata import (
     LoadRequest,
@@ -17,9 +23,11 @@ from lynx_connector.metadata import (
     LynxWorkerMetadata,
     ReleaseRequest,
 )
-from lynx_connector.protocol import Handoff, parse_handoff
+from lynx_connector.plan.meters import StepMeter
+from lynx_connector.protocol import Handoff, parse_handoff, parse_mooncake_leg, prompt_digest
 
 if TYPE_CHECKING:
+    from vllm.sampling_params import SamplingParams
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.request import Request
 
@@ -30,14 +38,23 @@ logger = logging.getLogger("vllm.lynx.consumer")
 class _Decode:
     """A request whose KV another instance holds."""
 
-    handoff: Handoff | None
-    failure: str | None
-    speculative: bool
+    handoff: Handoff | None = None
+    failure: str | None = None
+    speculative: bool = False
+    resolving: Future[dict[str, Any]] | None = None
+    """The handoff, on its way from the prefill's bootstrap server."""
+    routed_as: str | None = None
+    """The router's name of the transfer, in Mooncake's shape."""
     allocated: bool = False
     """The load's blocks are allocated: the worker owns the transfer now."""
     ended: bool = False
     """No tokens are offered any more: loaded, failed, cancelled or not needed."""
     refined_ranks: int = 0
+    drafting_since: float | None = None
+    params: "SamplingParams | None" = None
+    """Set where the prefill's own token may be emitted."""
+    first_token: int | None = None
+    """That token, from when it is known until it is taken."""
 
     @property
     def transfer_id(self) -> str | None:
@@ -51,20 +68,27 @@ class ConsumerScheduler:
         self,
         config: LynxConfig,
         speculative: bool,
-        seeds_survive_drafts: bool,
+        v2_runner: bool,
         recompute_on_failure: bool,
         tensor_parallel_size: int,
         block_size: int,
         events: EventLog,
+        waiting_tokens: int,
     ):
         self.draft_limit = config.draft_limit
         self.verify_rows = config.verify_rows
         self._speculative = speculative
-        self._seeds_survive_drafts = seeds_survive_drafts
+        self._v2_runner = v2_runner
+        self._emits_first_token = config.first_token
         self._recompute = recompute_on_failure
         self._tp_size = tensor_parallel_size
         self._block_size = block_size
         self._events = events
+        self._steps = StepMeter()
+        self._bootstrap = BootstrapClient(config.transfer_timeout_seconds)
+        self._waiting = WaitingRoom(waiting_tokens)
+        self._orphans: list[Future[dict[str, Any]]] = []
+        """Ended before their handoff was known: what the prefill holds is to be given back."""
         self._decodes: dict[str, _Decode] = {}
         self._loads: list[LoadRequest] = []
         self._cancelled: list[tuple[str, str]] = []
@@ -80,15 +104,38 @@ class ConsumerScheduler:
         params = request.kv_transfer_params
         if not params or not params.get("do_remote_prefill"):
             return
-        handoff, failure = None, None
+        decode = self._decodes[request.request_id] = _Decode()
         try:
-            handoff = parse_handoff(params)
-            failure = self._unusable(handoff, request)
-            if user := self._user_of(handoff.transfer_id):
-                # Without the handoff, so that giving up does not take it from its first user.
-                handoff, failure = None, f"transfer is already used by request {user}"
+            leg = parse_mooncake_leg(params)
+            if leg is None:
+                self._settle(request, decode, params)
+            elif user := self._user_of(leg.transfer_id):
+                decode.failure = f"transfer is already used by request {user}"
+            else:
+                decode.routed_as = leg.transfer_id
+                decode.resolving = self._bootstrap.resolve(leg)
         except ProtocolError as error:
-            failure = str(error)
+            decode.failure = str(error)
+
+    def _settle(self, request: "Request", decode: _Decode, params: dict[str, Any]) -> None:
+        """Read the handoff, wherever it came from.
+
+        Raises:
+            ProtocolError: it cannot be read.
+        """
+        handoff = parse_handoff(params)
+        if user := self._user_of(handoff.transfer_id):
+            # Without the handoff, so that giving up does not take it from its first user.
+            decode.failure = f"transfer is already used by request {user}"
+            return
+        decode.handoff = handoff
+        decode.failure = self._unusable(handoff, request)
+        decode.speculative = self._starts_early(request, handoff)
+        if decode.failure is None and self._may_emit(request, handoff):
+            decode.params = request.sampling_params
+
+    def _starts_early(self, request: "Request", handoff: Handoff) -> bool:
+        """Whether a request drafts on its anchor."""
         sampling = request.sampling_params
         start = ((sampling and sampling.extra_args) or {}).get("lynx_start")
         accepted = [mode.value for mode in StartMode]
@@ -100,16 +147,23 @@ class ConsumerScheduler:
                 ", ".join(accepted),
             )
         seeded = sampling is not None and sampling.seed is not None and sampling.temperature > 0
-        speculative = (
+        return (
             self._speculative
             # A seed promises the same answer again. vLLM's V1 runner draws from one generator per
             # request, which drafts would move on by as many tokens as the network left time for.
-            and (self._seeds_survive_drafts or not seeded)
+            and (self._v2_runner or not seeded)
             and start != StartMode.BLOCKING
-            and handoff is not None
             and handoff.lynx.codec not in ONE_TIER_CODECS
         )
-        self._decodes[request.request_id] = _Decode(handoff, failure, speculative)
+
+    def _may_emit(self, request: "Request", handoff: Handoff) -> bool:
+        """Whether the prefill's token is what this request's own first token would be."""
+        if not self._emits_first_token or first_token.obstacle(request, v2_runner=self._v2_runner):
+            return False
+        params = request.sampling_params
+        if first_token.reads_outputs(params) and not self._v2_runner:
+            return False
+        return handoff.lynx.sampling == first_token.sampling_digest(params)
 
     def _unusable(self, handoff: Handoff, request: "Request") -> str | None:
         if len(handoff.lynx.ports) != self._tp_size:
@@ -122,14 +176,25 @@ class ConsumerScheduler:
                 f"prefill computed {handoff.lynx.num_tokens} prompt tokens, this instance counts "
                 f"{request.num_prompt_tokens}: both sides need the same tokenizer and chat template"
             )
+        theirs, ours = handoff.lynx.prompt, prompt_digest(request.prompt_token_ids)
+        if theirs and ours and theirs != ours:
+            return (
+                "prefill computed another prompt of the same length: a transfer used twice, or "
+                "tokenizers or chat templates that differ"
+            )
         return None
 
     def _user_of(self, transfer_id: str) -> str | None:
-        users = (name for name, one in self._decodes.items() if one.transfer_id == transfer_id)
-        return next(users, None)
+        for name, one in self._decodes.items():
+            if transfer_id in (one.transfer_id, one.routed_as):
+                return name
+        return None
 
-    def match(self, request: "Request", num_computed_tokens: int) -> tuple[int, bool]:
-        """Tokens to load beyond the local prefix cache, and whether asynchronously."""
+    def match(self, request: "Request", num_computed_tokens: int) -> tuple[int | None, bool]:
+        """Tokens to load beyond the local prefix cache, and whether asynchronously.
+
+        None: not known yet; vLLM asks again in its next step, and the request holds no blocks.
+        """
         decode = self._decodes.get(request.request_id)
         if decode is None or decode.ended:
             return 0, False
@@ -137,10 +202,27 @@ class ConsumerScheduler:
         if count <= 1:
             # Only the last token is missing, and the first decode step computes that one anyway.
             return 0, False
+        if decode.resolving is not None and not self._resolved(request, decode):
+            return None, False
         if decode.failure is not None and self._recompute:
             self._give_up(request.request_id, decode, decode.failure)
             return 0, False
+        early = decode.failure is None and decode.handoff is not None and decode.handoff.lynx.early
+        if early and not self._waiting.has_room(request.request_id, count):
+            return None, False
         return count, True
+
+    def _resolved(self, request: "Request", decode: _Decode) -> bool:
+        """Take what the bootstrap server said, once it has."""
+        assert decode.resolving is not None
+        if not decode.resolving.done():
+            return False
+        answer, decode.resolving = decode.resolving, None
+        try:
+            self._settle(request, decode, answer.result())
+        except LynxError as error:
+            decode.failure = str(error)
+        return True
 
     def _give_up(self, request_id: str, decode: _Decode, cause: str) -> None:
         logger.warning(
@@ -149,6 +231,7 @@ class ConsumerScheduler:
             cause,
         )
         self._events("failed", request_id, decode.transfer_id, cause=cause, peer=_host(decode))
+        self._events("not_loaded", request_id, decode.transfer_id, start="recompute")
         self._finish_transfer(decode, "consumer recomputes: " + cause)
 
     def allocated(self, request: "Request", blocks: "KVCacheBlocks", num_external: int) -> None:
@@ -163,13 +246,18 @@ class ConsumerScheduler:
             return
         if num_external == 0:
             self._finish_transfer(decode, "nothing to load")
+            self._events("not_loaded", request_id, decode.transfer_id, start="local")
             return
         decode.ended = decode.allocated = True
+        if decode.failure is None and decode.handoff is not None and decode.handoff.lynx.early:
+            self._waiting.enter(request_id, num_external)
         num_tokens = request.num_prompt_tokens
         first_token = num_tokens - num_external
         block_ids = blocks.get_block_ids()[0]
         first_block = first_token // self._block_size
         handoff = decode.handoff
+        if handoff is not None:
+            self._know_first_token(decode, handoff.lynx.first_token)
         self._loads.append(
             LoadRequest(
                 request_id=request_id,
@@ -187,6 +275,7 @@ class ConsumerScheduler:
                 anchor_bits=handoff.lynx.anchor_bits if handoff else 4,
                 final_tier=handoff.lynx.final_tier if handoff else "residual",
                 tables=handoff.lynx.tables if handoff else [],
+                step_ms=self._steps.step_ms,
             )
         )
         self._events(
@@ -200,11 +289,43 @@ class ConsumerScheduler:
         if decode.speculative:
             self._started.append(request_id)
 
-    def fill(self, metadata: LynxMetadata) -> None:
-        """Hand this step's loads, cancellations and releases to the workers."""
+    def _know_first_token(self, decode: _Decode, token: int | None) -> None:
+        if token is not None and decode.params and first_token.allowed(decode.params, token):
+            decode.first_token = token
+
+    def fill(self, metadata: LynxMetadata, scheduled: Mapping[str, int]) -> None:
+        """Hand this step's loads, cancellations and releases to the workers.
+
+        scheduled: tokens to compute by request, whose steps are timed.
+        """
+        self._steps.step(scheduled)
         metadata.loads, self._loads = self._loads, []
         metadata.cancelled, self._cancelled = self._cancelled, []
+        for answer in [answer for answer in self._orphans if answer.done()]:
+            self._orphans.remove(answer)
+            self._give_back(answer)
         metadata.releases, self._releases = self._releases, []
+
+    def _give_back(self, answer: Future[dict[str, Any]]) -> None:
+        """The transfer of a request that ended before its handoff was known."""
+        try:
+            self._release(parse_handoff(answer.result()), "request ended before its load")
+        except LynxError as error:
+            logger.info("lynx: nothing to give back: %s", error)
+
+    @property
+    def has_orphans(self) -> bool:
+        """Whether `fill` has to be called again though no request is left."""
+        return bool(self._orphans)
+
+    def stop(self) -> None:
+        """End the thread that asks bootstrap servers."""
+        self._bootstrap.stop()
+
+    def received(self, request_ids: Iterable[str]) -> None:
+        """Loads that vLLM need not wait for any more: landed, failed or cancelled."""
+        for request_id in request_ids:
+            self._waiting.leave(request_id)
 
     def update(self, report: LynxWorkerMetadata) -> None:
         """What the workers reported in this step."""
@@ -215,6 +336,9 @@ class ConsumerScheduler:
             decode.refined_ranks += ranks
             if decode.refined_ranks == self._tp_size:
                 self._refined.append(request_id)
+        for request_id, token in report.first_tokens.items():
+            if decode := self._decodes.get(request_id):
+                self._know_first_token(decode, token)
         for request_id, cause in report.failed.items():
             if request_id in self._decodes:
                 self._failed.append((request_id, cause))
@@ -224,6 +348,7 @@ class ConsumerScheduler:
         decode = self._decodes.pop(request.request_id, None)
         if decode is None:
             return False, None
+        self._waiting.leave(request.request_id)
         self._events(
             "finished",
             request.request_id,
@@ -239,15 +364,16 @@ class ConsumerScheduler:
 
     def _finish_transfer(self, decode: _Decode, cause: str) -> None:
         decode.ended = True
-        if decode.handoff is not None:
-            self._releases.append(
-                ReleaseRequest(
-                    decode.handoff.transfer_id,
-                    decode.handoff.remote_host,
-                    decode.handoff.lynx.ports,
-                    cause,
-                )
-            )
+        if decode.resolving is not None:
+            self._orphans.append(decode.resolving)
+            decode.resolving = None
+        elif decode.handoff is not None:
+            self._release(decode.handoff, cause)
+
+    def _release(self, handoff: Handoff, cause: str) -> None:
+        self._releases.append(
+            ReleaseRequest(handoff.transfer_id, handoff.remote_host, handoff.lynx.ports, cause)
+        )
 
     @property
     def num_decodes(self) -> int:
@@ -261,6 +387,15 @@ class ConsumerScheduler:
         started, self._started = self._started, []
         return started
 
+    def take_first_tokens(self) -> list[tuple[str, int]]:
+        """(request id, token) that prefills have sampled."""
+        taken = []
+        for request_id, decode in self._decodes.items():
+            if decode.first_token is not None:
+                taken.append((request_id, decode.first_token))
+                decode.first_token = None
+        return taken
+
     def take_refined(self) -> list[str]:
         """Requests whose final tier is in place on every rank."""
         refined, self._refined = self._refined, []
@@ -271,6 +406,12 @@ class ConsumerScheduler:
         failed, self._failed = self._failed, []
         return failed
 
+    def draft_limit_of(self, request_id: str) -> int:
+        """The configured limit, or the producer's hint where that is lower."""
+        decode = self._decodes.get(request_id)
+        hint = decode.handoff.lynx.draft_limit if decode and decode.handoff else 0
+        return min(hint, self.draft_limit) if hint else self.draft_limit
+
     def cancel(self, request_id: str) -> None:
         """Stop the transfer of a request that goes on without it (preempted, recomputed)."""
         decode = self._decodes.get(request_id)
@@ -280,6 +421,12 @@ class ConsumerScheduler:
     def event(self, name: str, request_id: str, **fields: object) -> None:
         """Record a step of a request."""
         decode = self._decodes.get(request_id)
+        if decode is not None and name == "drafting":
+            decode.drafting_since = time.monotonic()
+        if name == "verify_started":
+            since = decode.drafting_since if decode else None
+            seconds = 0.0 if since is None else time.monotonic() - since
+            fields["drafting_seconds"] = round(seconds, 4)
         self._events(name, request_id, decode.transfer_id if decode else None, **fields)
 
 

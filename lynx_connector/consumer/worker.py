@@ -35,7 +35,7 @@ class ConsumerWorker:
 
     def __init__(self, context: WorkerContext):
         config = context.config
-        self._rank = context.rank
+        self.rank = context.rank
         self._geometry = context.geometry
         self._block_size = context.block_size
         self._loop = context.loop
@@ -52,7 +52,9 @@ class ConsumerWorker:
         self._tables = ConsumerTables(
             store, context.geometry, lambda new: self._codecs.get(TABLE_CODECS[0], tables=new)
         )
-        self._client = TierClient(context.identity, config.transfer_timeout_seconds, self._tables)
+        self._client = TierClient(
+            context.identity, config.transfer_timeout_seconds, self._tables, context.events
+        )
         for name in (FALLBACK_CODEC, "bf16"):  # compile before the first request
             self._codecs.get(name)
         self._writer = TierWriter(context.cache, self._codecs, self._tables)
@@ -101,6 +103,15 @@ class ConsumerWorker:
         report, self._report = self._report, LynxWorkerMetadata()
         return report
 
+    def gauges(self) -> dict[str, float]:
+        """Metrics that show how things are now."""
+        return {
+            "staging_used_bytes": self._budget.used,
+            "staging_limit_bytes": self._budget.limit,
+            "open_transfers": len(self._active),
+            "connections": self._client.num_peers,
+        }
+
     # ---- transfers -------------------------------------------------------------------------
 
     def _start_queued(self) -> None:
@@ -146,12 +157,19 @@ class ConsumerWorker:
         tokens = TokenRange(load.first_token, load.num_tokens)
         first_block = load.first_token // self._block_size
         slots = slots_of(tokens, load.block_ids, first_block, self._block_size)
-        tables = load.tables[self._rank] if load.tables else ""
+        tables = load.tables[self.rank] if load.tables else ""
         transfer = InboundTransfer(load, buffers, slots, self._geometry, reservation, tables)
         self._tables.hold(tables)
         self._active[load.request_id] = transfer
-        address = (load.host, load.ports[self._rank])
-        self._loop.post(self._client.fetch, address, transfer, load.first_token, load.num_tokens)
+        address = (load.host, load.ports[self.rank])
+        self._loop.post(
+            self._client.fetch,
+            address,
+            transfer,
+            load.first_token,
+            load.num_tokens,
+            load.step_ms,
+        )
 
     def _advance(self, transfer: InboundTransfer, deadline: float) -> None:
         failure = transfer.failure
@@ -167,6 +185,8 @@ class ConsumerWorker:
             self._fail(transfer, failure)
             return
         load = transfer.load
+        if (token := transfer.take_first_token()) is not None:
+            self._report.first_tokens[load.request_id] = token
         start_on_anchor = load.speculative and transfer.anchored
         if not transfer.anchor_reported and (start_on_anchor or transfer.refined):
             transfer.anchor_reported = True
@@ -181,6 +201,7 @@ class ConsumerWorker:
             self._end(transfer, "done")
 
     def _write(self, transfer: InboundTransfer, rows: LandedRows) -> None:
+        began = time.monotonic()
         self._writer.write(transfer, rows)
         tier, tokens = rows.tier, rows.tokens
         load = transfer.load
@@ -190,6 +211,7 @@ class ConsumerWorker:
             load.transfer_id,
             tier=tier.name.lower(),
             tokens_done=tokens.end,
+            seconds=round(time.monotonic() - began, 5),
         )
 
     # ---- ends --------------------------------------------------------------------------------
@@ -225,6 +247,6 @@ class ConsumerWorker:
         )
 
     def _release(self, load: LoadRequest | ReleaseRequest, cause: str) -> None:
-        if self._rank < len(load.ports):
-            address = (load.host, load.ports[self._rank])
+        if self.rank < len(load.ports):
+            address = (load.host, load.ports[self.rank])
             self._loop.post(self._client.release, address, load.transfer_id, cause)

@@ -35,9 +35,16 @@ def stream_chat(
     Raises:
         RequestError: an HTTP error, an error in the stream, or silence of `timeout` seconds.
     """
-    answer = answer or Answer()
+    return _stream(f"{url}/v1/chat/completions", body, answer or Answer(), timeout)
+
+
+def stream_completion(url: str, body: Mapping[str, Any], timeout: float = 180) -> Answer:
+    """As `stream_chat`, to /v1/completions."""
+    return _stream(f"{url}/v1/completions", body, Answer(), timeout)
+
+
+def _stream(address: str, body: Mapping[str, Any], answer: Answer, timeout: float) -> Answer:
     request = {**body, "stream": True, "return_token_ids": True}
-    address = f"{url}/v1/chat/completions"
     try:
         with (
             httpx.Client(timeout=timeout, trust_env=False) as client,
@@ -61,7 +68,8 @@ def _take(answer: Answer, chunk: dict[str, Any], now: float) -> None:
     if "error" in chunk:
         raise RequestError(str(chunk["error"].get("message", chunk["error"])))
     for choice in chunk.get("choices", ()):
-        answer.text += choice["delta"].get("content") or ""
+        content = choice["delta"].get("content") if "delta" in choice else choice["text"]
+        answer.text += content or ""
         ids = choice.get("token_ids") or []
         answer.token_ids += ids
         answer.token_times += [now] * len(ids)

@@ -149,19 +149,8 @@ class Cluster:
         Raises:
             ServerError: blocks were still in use after `timeout` seconds.
         """
-        deadline = time.monotonic() + timeout
         for server in (self.prefill, self.decode):
-            while True:
-                reply = httpx.post(
-                    f"{server.url}/reset_prefix_cache", timeout=timeout, trust_env=False
-                )
-                if reply.status_code == 200 and reply.json().get("success"):
-                    break
-                if time.monotonic() > deadline:
-                    raise ServerError(
-                        f"{server.name} holds KV blocks {timeout:.0f} s after its last request"
-                    )
-                time.sleep(0.2)
+            forget_prefixes(server, timeout)
 
     def __enter__(self) -> Self:
         return self
@@ -192,23 +181,10 @@ class Cluster:
         return ServerProcess(str(role), [*site.prefix, *command], url, log, environment)
 
     def _environment(self, role: Role, site: Site) -> dict[str, str]:
-        environment = {
-            # For POST /reset_prefix_cache.
-            "VLLM_SERVER_DEV_MODE": "1",
-            "VLLM_NO_USAGE_STATS": "1",
-            # A namespace has no default route, by which vLLM would guess the host's address.
-            "VLLM_HOST_IP": "127.0.0.1",
-            # The KV has to take the link: no shared memory.
-            "UCX_TLS": "tcp,self",
-            "UCX_NET_DEVICES": site.kv_device,
-            "UCX_WARN_UNUSED_ENV_VARS": "n",
-            "NO_PROXY": "*",
-        }
-        if Path(self.model).is_dir():
-            environment["HF_HUB_OFFLINE"] = "1"
+        environment = site_environment(self.model, site)
         if self._cpu:
             environment["VLLM_CPU_KVCACHE_SPACE"] = str(self._kv_cache_gib)
-            environment["VLLM_CPU_OMP_THREADS_BIND"] = _cores(role)
+            environment["VLLM_CPU_OMP_THREADS_BIND"] = cores_of(role)
             # For the front end; vLLM sets the engine's own from the binding.
             environment["OMP_NUM_THREADS"] = "1"
         elif self._gpus > 1:
@@ -216,15 +192,61 @@ class Cluster:
         return environment
 
     def _router(self) -> ServerProcess:
-        port = free_port()
-        command = [console_script("vllm-router"), "--host", "127.0.0.1", "--port", str(port)]
-        command += ["--prometheus-port", str(free_port()), "--vllm-pd-disaggregation"]
-        command += ["--prefill", self.prefill.url, "--decode", self.decode.url]
-        # A retry would hide a failure, and count its time.
-        command += ["--disable-retries"]
-        environment = {**os.environ, "NO_PROXY": "*"}
-        url = f"http://127.0.0.1:{port}"
-        return ServerProcess("router", command, url, self.folder / "router.log", environment)
+        return router_process(self.prefill.url, self.decode.url, self.folder / "router.log")
+
+
+def router_process(
+    prefill_url: str, decode_url: str, log: Path, bootstrap_port: int = 0
+) -> ServerProcess:
+    """A stock vllm-router, not started: with NIXL's handoff, or Mooncake's where there is a
+    `bootstrap_port`."""
+    port = free_port()
+    command = [console_script("vllm-router"), "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--prometheus-port", str(free_port()), "--vllm-pd-disaggregation"]
+    command += ["--prefill", prefill_url]
+    if bootstrap_port:
+        command += [str(bootstrap_port), "--kv-connector", "mooncake"]
+    # A retry would hide a failure, and count its time.
+    command += ["--decode", decode_url, "--disable-retries"]
+    environment = {**os.environ, "NO_PROXY": "*"}
+    return ServerProcess("router", command, f"http://127.0.0.1:{port}", log, environment)
+
+
+def site_environment(model: str, site: Site) -> dict[str, str]:
+    """What a vLLM server at `site` needs in its environment, on any device."""
+    environment = {
+        # For POST /reset_prefix_cache.
+        "VLLM_SERVER_DEV_MODE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        # A namespace has no default route, by which vLLM would guess the host's address.
+        "VLLM_HOST_IP": "127.0.0.1",
+        # The KV has to take the link: no shared memory.
+        "UCX_TLS": "tcp,self",
+        "UCX_NET_DEVICES": site.kv_device,
+        "UCX_WARN_UNUSED_ENV_VARS": "n",
+        "NO_PROXY": "*",
+    }
+    if Path(model).is_dir():
+        environment["HF_HUB_OFFLINE"] = "1"
+    return environment
+
+
+def forget_prefixes(server: ServerProcess, timeout: float = 30) -> None:
+    """Make a server forget cached prefixes.
+
+    Raises:
+        ServerError: blocks were still in use after `timeout` seconds.
+    """
+    deadline = time.monotonic() + timeout
+    while True:
+        reply = httpx.post(f"{server.url}/reset_prefix_cache", timeout=timeout, trust_env=False)
+        if reply.status_code == 200 and reply.json().get("success"):
+            return
+        if time.monotonic() > deadline:
+            raise ServerError(
+                f"{server.name} holds KV blocks {timeout:.0f} s after its last request"
+            )
+        time.sleep(0.2)
 
 
 def free_port() -> int:
@@ -234,7 +256,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _cores(role: Role) -> str:
+def cores_of(role: Role) -> str:
     """Half of the cores that this process may use, as VLLM_CPU_OMP_THREADS_BIND wants them.
 
     Two servers on the same cores stall each other's OpenMP barriers for seconds.

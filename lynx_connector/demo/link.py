@@ -84,6 +84,31 @@ def open_link(mbit: float) -> Iterator[Link]:
     yield loopback(mbit, obstacle)
 
 
+def set_rate(link: Link, mbit: float) -> None:
+    """Shape both directions of a `netns` link to `mbit` Mbit/s from now on (0: no limit).
+
+    Raises:
+        LinkError: tc refused.
+    """
+    for site in (link.prefill, link.decode):
+        device = site.kv_device
+        _run(*site.prefix, "tc", "qdisc", "delete", "dev", device, "root", check=False)
+        if mbit:
+            _run(*site.prefix, *_shaper(device, mbit))
+
+
+def carried_bytes(link: Link) -> int:
+    """Bytes that have crossed a `netns` link so far, in both directions, headers included.
+
+    Raises:
+        LinkError: the link is gone.
+    """
+    device = link.prefill.kv_device
+    shown = _run(*link.prefill.prefix, "ip", "-json", "-statistics", "link", "show", "dev", device)
+    counters = json.loads(shown)[0]["stats64"]
+    return int(counters["rx"]["bytes"] + counters["tx"]["bytes"])
+
+
 def loopback(mbit: float, why: str = "asked for") -> Link:
     """Both servers on 127.0.0.1, the sender keeping the rate."""
     site = Site((), "127.0.0.1", "127.0.0.1", "lo")

@@ -45,7 +45,7 @@ class Run:
             ("drafting", "drafting"),
             ("anchor_landed", "anchor landed"),
             ("admitted", "receiving"),
-            ("handoff", "prefill done"),
+            ("prefilled", "prefill done"),
             ("prefill_started", "prefill"),
         )
         found = (words for name, words in steps if trace and trace.find(name))

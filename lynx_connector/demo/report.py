@@ -46,13 +46,13 @@ def build_report(
         IncompleteRunError: an event that it needs is missing.
     """
     trace, answer = lynx
-    for name in ("handoff", "admitted", "anchor_landed", "refined", "verified"):
+    for name in ("prefilled", "admitted", "anchor_landed", "refined", "verified"):
         if trace.find(name) is None:
             raise IncompleteRunError(
                 f"the speculative run left no {name!r} event: it did not start on the anchor"
             )
     if blocking[0].reply is None:
-        raise IncompleteRunError("the blocking run left no 'handoff' event")
+        raise IncompleteRunError("the blocking run left no 'prefilled' event")
     wire = {tier: trace.wire_bytes.get(tier, 0) for tier in ("anchor", "residual")}
     prompt_tokens = trace.value("admitted", "prompt_tokens")
     sent_tokens = prompt_tokens - trace.value("admitted", "local_tokens", 0)

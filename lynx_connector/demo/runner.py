@@ -123,10 +123,14 @@ def _on_link(
 
 
 def _learning(options: DemoOptions) -> Side:
-    """Begins without tables, as a first start does, and learns them from the warm-up alone."""
+    """Begins without tables, as a first start does, and learns them from the warm-up alone.
+
+    The plan is fixed: the demo shows drafts, and a fast link may be better off with a plain copy.
+    """
     tables = options.logs / "tables"
     shutil.rmtree(tables, ignore_errors=True)
-    return Side(lynx={"tables_dir": str(tables.resolve()), "learn_tokens": FIRST_TABLES_TOKENS})
+    lynx = {"tables_dir": str(tables.resolve()), "learn_tokens": FIRST_TABLES_TOKENS}
+    return Side(lynx=lynx | {"plan": "fixed"})
 
 
 def _warm_up(

@@ -8,9 +8,8 @@ import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-Event = dict[str, Any]
+from lynx_connector.trace import Event, Span, Timeline
 
 
 class EventTail:
@@ -37,17 +36,8 @@ class EventTail:
             return list(self._events)
 
 
-@dataclass(frozen=True)
-class Span:
-    """A stretch of a request's life, in Unix seconds."""
-
-    name: str
-    start: float
-    end: float
-
-
 @dataclass
-class Trace:
+class Trace(Timeline):
     """The events of one transfer, and when its tokens reached the client."""
 
     label: str
@@ -63,24 +53,10 @@ class Trace:
                 return cls(label, [e for e in events if e.get("transfer") == transfer])
         return None
 
-    def find(self, name: str) -> Event | None:
-        """The first event of that name."""
-        return next((event for event in self.events if event["event"] == name), None)
-
-    def time(self, name: str) -> float | None:
-        """When the first event of that name happened."""
-        event = self.find(name)
-        return event["t"] if event else None
-
-    def value(self, name: str, field_name: str, default: Any = None) -> Any:
-        """A field of the first event of that name."""
-        event = self.find(name)
-        return event.get(field_name, default) if event else default
-
     @property
     def reply(self) -> float | None:
-        """When the prefill answered: the zero of every latency."""
-        return self.time("handoff")
+        """When the prefill ended: the zero of every latency."""
+        return self.time("prefilled")
 
     @property
     def wire_bytes(self) -> dict[str, int]:
@@ -103,7 +79,7 @@ class Trace:
         else:
             last_tier = ("both tiers", "admitted", "refined")
         phases = [
-            ("prefill", "prefill_started", "handoff"),
+            ("prefill", "prefill_started", "prefilled"),
             ("anchor", "admitted", "anchor_landed"),
             last_tier,
             ("drafts", "drafting", "verify_started"),

@@ -16,6 +16,7 @@ from lynx_connector.codec import CodecError, KltTables
 from lynx_connector.codec.klt_learner import TableLearner
 from lynx_connector.codec_cache import CodecCache
 from lynx_connector.config import FIRST_TABLES_TOKENS
+from lynx_connector.events import EventLog
 from lynx_connector.producer.tables import ProducerTables
 from lynx_connector.worker_context import WorkerContext
 
@@ -51,10 +52,12 @@ class OnlineLearning:
         learned_tokens: int,
         prepare: Callable[[KltTables], object],
         publish: Callable[[KltTables, int], None],
+        events: EventLog,
     ):
         self._learner = learner
         self._prepare = prepare
         self._publish = publish
+        self._events = events
         marks = [] if learned_tokens else [min(FIRST_TABLES_TOKENS, learn_tokens)]
         if learned_tokens < learn_tokens and learn_tokens not in marks:
             marks.append(learn_tokens)
@@ -95,6 +98,13 @@ class OnlineLearning:
             tables = self._learner.build()
             self._prepare(tables)
             self._publish(tables, tokens)
+            self._events(
+                "tables_learned",
+                None,
+                digest=tables.digest,
+                tokens=tokens,
+                seconds=round(time.monotonic() - began, 4),
+            )
         except Exception:
             logger.exception("lynx: learning tables failed; going on without")
             self._marks = []
@@ -134,4 +144,5 @@ def start_learning(
         tables.learned_tokens,
         lambda new: codecs.get(config.codec, config.anchor_bits, new),
         tables.publish,
+        context.events,
     )

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One tier of a staged transfer, cut into frames as it is sent."""
 
+import time
 from collections import deque
 from typing import NamedTuple
 
@@ -23,9 +24,8 @@ class OutboundFrame(NamedTuple):
 class TierStream:
     """What is left to send of one tier of one transfer, from `first_token` on.
 
-    Frames are at most `frame_bytes` of rows (at least one token); exceptions come on top. Streams
-    of lower `order` go first within a tier. No token leaves before `coarser`, the stream of the
-    tier below on the same connection, has sent it: that tier is needed to decode this one.
+    No token leaves before `coarser`, the stream of the tier below on the same connection, has sent
+    it: that tier is needed to decode this one.
     """
 
     def __init__(
@@ -33,15 +33,12 @@ class TierStream:
         transfer: StagedTransfer,
         tier: Tier,
         first_token: int,
-        frame_bytes: int,
-        order: int,
         coarser: "TierStream | None" = None,
     ):
         self.transfer = transfer
         self.tier = tier
-        self.order = order
         self.sent_bytes = 0
-        self._frame_bytes = frame_bytes
+        self.opened = time.monotonic()
         self._coarser = coarser
         self._left: deque[Piece] = deque(
             piece
@@ -57,12 +54,13 @@ class TierStream:
 
     @property
     def ready(self) -> bool:
-        """Whether the next frame is encoded (or never will be)."""
-        if self.transfer.dropped:
-            return True
-        if self.tier is Tier.EXACT:
-            return self._next < self._available
-        return self._row_end() <= self._available
+        """Whether there are encoded tokens to send (or never will be)."""
+        return self.transfer.dropped or self._next < self._available
+
+    def waited(self, tokens_done: int) -> float:
+        """Seconds since a frame up to there could have been sent: asked for, and encoded."""
+        ready = max(self.opened, self.transfer.encoded_at(tokens_done))
+        return time.monotonic() - ready
 
     @property
     def _available(self) -> int:
@@ -72,10 +70,14 @@ class TierStream:
             return encoded
         return min(encoded, self._coarser._next)
 
-    def take(self) -> OutboundFrame:
-        """The next frame; only when `ready` and the transfer is not dropped."""
+    def take(self, max_bytes: int) -> OutboundFrame:
+        """The next frame; only when `ready`, not `finished`, and the transfer is not dropped.
+
+        It has at most `max_bytes` of rows, but at least one token; exceptions come on top.
+        """
         piece = self._left[0]
-        frame = self._exact_frame(piece) if self.tier is Tier.EXACT else self._row_frame(piece)
+        make = self._exact_frame if self.tier is Tier.EXACT else self._row_frame
+        frame = make(piece, max_bytes)
         self._next = frame.tokens.end
         if self._next == piece.tokens.end:
             self._left.popleft()
@@ -84,13 +86,9 @@ class TierStream:
         self.sent_bytes += frame.payload.nbytes
         return frame
 
-    def _row_end(self) -> int:
-        piece = self._left[0]
-        step = max(1, self._frame_bytes // piece.codec.bytes_per_token(self.tier))
-        return min(self._next + step, piece.tokens.end)
-
-    def _row_frame(self, piece: Piece) -> OutboundFrame:
-        tokens = TokenRange(self._next, self._row_end())
+    def _row_frame(self, piece: Piece, max_bytes: int) -> OutboundFrame:
+        step = max(1, max_bytes // piece.codec.bytes_per_token(self.tier))
+        tokens = TokenRange(self._next, min(self._next + step, piece.tokens.end, self._available))
         payload = piece.view(self.tier, tokens).reshape(-1)
         raw = piece.raw_vectors(tokens) if self.tier is Tier.ANCHOR else None
         if raw is None:
@@ -98,14 +96,14 @@ class TierStream:
         payload = np.concatenate([payload, raw.pack(tokens.start)])
         return OutboundFrame(piece.codec.name, tokens, payload, len(raw))
 
-    def _exact_frame(self, piece: Piece) -> OutboundFrame:
+    def _exact_frame(self, piece: Piece, max_bytes: int) -> OutboundFrame:
         run = self._run_of(piece)
         skip = self._next - run.tokens.start
         ends = np.cumsum(run.lengths, dtype=np.int64)
         begin = int(ends[skip - 1]) if skip else 0
         # Each token costs its data and the four bytes of its length.
         sizes = ends[skip:] - begin + run.lengths.itemsize * np.arange(1, len(ends) - skip + 1)
-        count = max(1, int(np.searchsorted(sizes, self._frame_bytes, "right")))
+        count = max(1, int(np.searchsorted(sizes, max_bytes, "right")))
         count = min(count, self._available - self._next)
         lengths = run.lengths[skip : skip + count].astype("<u4")
         data = run.data[begin : int(ends[skip + count - 1])]

@@ -4,10 +4,14 @@
 Pure Python; runs without torch.
 """
 
+import logging
+import time
 import uuid
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from lynx_connector import first_token
 from lynx_connector.config import (
     DEFAULT_ANCHOR_BITS,
     EXACT_FIRST_TOKENS,
@@ -15,12 +19,24 @@ from lynx_connector.config import (
     LynxConfig,
 )
 from lynx_connector.events import EventLog
-from lynx_connector.metadata import EncodeChunk, EncodePlan, LynxMetadata, LynxWorkerMetadata
-from lynx_connector.protocol import PROTOCOL_VERSION, TABLE_CODECS
+from lynx_connector.metadata import (
+    EncodeChunk,
+    EncodePlan,
+    LynxMetadata,
+    LynxWorkerMetadata,
+    PrefillOutcome,
+)
+from lynx_connector.plan.planner import Planner
+from lynx_connector.plan.policy import Choice, Wanted
+from lynx_connector.protocol import PROTOCOL_VERSION, TABLE_CODECS, prompt_digest
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.request import Request
+
+    from lynx_connector.producer.bootstrap import BootstrapServer
+
+logger = logging.getLogger("vllm.lynx.producer")
 
 
 @dataclass
@@ -29,6 +45,10 @@ class _Prefill:
 
     transfer_id: str
     num_tokens: int
+    prompt: str
+    """Digest of its token ids."""
+    routed_as: str | None = None
+    """The router's name of the transfer, in Mooncake's shape."""
     block_ids: list[int] = field(default_factory=list)
     submitted: int = 0
     """Tokens that the workers have been told to encode."""
@@ -36,10 +56,20 @@ class _Prefill:
     """Whether the workers know the request, and so will report when its blocks are free."""
     plan: EncodePlan | None = None
     """Decided at the first chunk and kept through preemptions, whatever is learned meanwhile."""
+    arrived: float = field(default_factory=time.monotonic)
+    choice: Choice | None = None
+    """What the planner said of it."""
+    answered: bool = False
+    """The router has its reply: how the prefill ends reaches the consumer with the KV."""
+    sampling: str = ""
+    """Digest of what its first token is sampled under; empty: it is not handed over."""
 
 
 class ProducerScheduler:
-    """Follows prefills that carry `do_remote_decode`, in the NIXL shape."""
+    """Follows prefills that carry `do_remote_decode`, in the NIXL or in Mooncake's shape.
+
+    Mooncake's shape needs `bootstrap`, where decode instances ask for what the reply says.
+    """
 
     def __init__(
         self,
@@ -49,51 +79,83 @@ class ProducerScheduler:
         tensor_parallel_size: int,
         block_size: int,
         events: EventLog,
+        planner: Planner,
+        *,
+        bootstrap: "BootstrapServer | None" = None,
+        v2_runner: bool = False,
+        custom_logits: bool = False,
     ):
+        """`custom_logits`: the engine has logits processors of its own, whose effect on a first
+        token the decode instance cannot know."""
+        self._bootstrap = bootstrap
+        self._v2_runner = v2_runner
+        self._hands_over = config.first_token and not custom_logits
         self._config = config
         self._engine_id = engine_id
         self._host = config.advertise_host or host
         self._tp_size = tensor_parallel_size
         self._block_size = block_size
         self._events = events
+        self._planner = planner
         self._ports: list[int] = []
         self._prefills: dict[str, _Prefill] = {}
         self._dropped: list[str] = []
+        self._outcomes: list[PrefillOutcome] = []
         self._tables: dict[int, str] = {}
         """Digest of the newest tables of each rank that has any."""
+        self._unanswered: set[str] = set()
+        """Opened and not answered yet."""
+        self._unwanted: set[str] = set()
+        """Given up by their consumer while they run."""
+        self._refused: list[str] = []
+        """Prefill legs that cannot be handed over."""
 
     def set_workers(self, ports: list[int], tables: list[str]) -> None:
         """Where the workers listen and which tables they begin with, by rank."""
         self._ports = ports
+        if self._bootstrap is not None:
+            self._bootstrap.set_workers([f"{self._host}:{port}" for port in ports])
         self._tables = {rank: digest for rank, digest in enumerate(tables) if digest}
 
     def update(self, report: LynxWorkerMetadata) -> None:
         """What the workers reported in this step."""
         self._tables.update(report.tables)
+        self._planner.update(report.link_mbit, report.step_ms)
+        self._unwanted |= report.unwanted & self._prefills.keys()
 
-    def _choose(self) -> EncodePlan:
+    def _decide(self, request_id: str, prefill: _Prefill) -> EncodePlan:
         """How a request that begins now is encoded: with tables once all ranks have some."""
         codec, bits = self._config.codec, self._config.anchor_bits
+        if codec in TABLE_CODECS and len(self._tables) < self._tp_size:
+            codec, bits = FALLBACK_CODEC, DEFAULT_ANCHOR_BITS
+        choice = self._planner.plan(
+            request_id,
+            Wanted(codec, bits, self._config.final_tier.value),
+            prefill.num_tokens,
+            len(self._prefills),
+        )
         tables: tuple[str, ...] = ()
-        if codec in TABLE_CODECS:
-            if len(self._tables) == self._tp_size:
-                tables = tuple(self._tables[rank] for rank in range(self._tp_size))
-            else:
-                codec, bits = FALLBACK_CODEC, DEFAULT_ANCHOR_BITS
-        return EncodePlan(codec, bits, self._config.final_tier.value, tables)
+        if choice.codec in TABLE_CODECS:
+            tables = tuple(self._tables[rank] for rank in range(self._tp_size))
+        prefill.choice = choice
+        prefill.plan = EncodePlan(choice.codec, choice.anchor_bits, choice.final_tier, tables)
+        self._events("plan", request_id, prefill.transfer_id, plan=choice.name, why=choice.why)
+        return prefill.plan
 
     def add(self, request: "Request") -> None:
         """A new request; followed if a decode instance is to go on with it."""
         params = request.kv_transfer_params
         if params and params.get("do_remote_decode"):
+            routed_as = params.get("transfer_id") if self._bootstrap is not None else None
+            if routed_as is not None and not self._expect(request.request_id, routed_as):
+                return
             self._prefills[request.request_id] = _Prefill(
-                uuid.uuid4().hex, request.num_prompt_tokens
+                uuid.uuid4().hex,
+                request.num_prompt_tokens,
+                prompt_digest(request.prompt_token_ids),
+                routed_as,
+                sampling=self._prepare(request),
             )
-            # The prefill's own token is thrown away, so its seed decides nothing; and a seeded
-            # request whose prefill takes several chunks kills vLLM 0.32's CPU engine ("CPU
-            # Generator does not use offset", v1/worker/gpu_model_runner.py, _bookkeeping_sync).
-            if request.sampling_params is not None:
-                request.sampling_params.seed = None
             self._events(
                 "prefill_started",
                 request.request_id,
@@ -101,13 +163,50 @@ class ProducerScheduler:
                 prompt_tokens=request.num_prompt_tokens,
             )
 
+    def _expect(self, request_id: str, routed_as: object) -> bool:
+        """Whether a prefill leg's `transfer_id` can name its transfer."""
+        assert self._bootstrap is not None
+        if not isinstance(routed_as, str) or not 1 <= len(routed_as) <= 128:
+            cause = f"transfer_id {routed_as!r} is not a string of 1 to 128 characters"
+        elif not self._bootstrap.expect(routed_as):
+            cause = f"transfer_id {routed_as!r} was used before"
+        else:
+            return True
+        logger.error("lynx: request %s: prefill is not handed over: %s", request_id, cause)
+        self._events("refused", request_id, None, cause=cause)
+        self._refused.append(request_id)
+        return False
+
+    def _prepare(self, request: "Request") -> str:
+        """Have the first token sampled as the client asked, if it can be handed over.
+
+        Returns the digest of what it is sampled under, or an empty string.
+        """
+        params = request.sampling_params
+        if params is None:
+            return ""
+        request.sampling_params = params = params.clone()
+        digest = ""
+        if self._hands_over and not first_token.obstacle(request, v2_runner=self._v2_runner):
+            params.min_tokens = 0  # routers set 1 here, whatever the client asked for
+            digest = first_token.sampling_digest(params)
+        if not self._v2_runner:
+            # Here a seed decides nothing: a seeded sample is thrown away. But a seeded request
+            # whose prefill takes several chunks kills vLLM 0.32's CPU engine ("CPU Generator does
+            # not use offset", v1/worker/gpu_model_runner.py, _bookkeeping_sync).
+            params.seed = None
+        return digest
+
     def fill(self, metadata: LynxMetadata, output: "SchedulerOutput") -> None:
         """Add this step's finished chunks, drops and preemptions to the workers' metadata."""
+        metadata.outcomes, self._outcomes = self._outcomes, []
         if not self._prefills and not self._dropped:
             return
         for request_id in output.preempted_req_ids or ():
             if prefill := self._prefills.get(request_id):
-                prefill.block_ids, prefill.submitted = [], 0
+                # What was submitted is encoded all the same, and not again when it is recomputed:
+                # a consumer may have parts of it, which must not be mixed with other roundings.
+                prefill.block_ids = []
                 metadata.preempted.add(request_id)
         for new in output.scheduled_new_reqs:
             if prefill := self._prefills.get(new.req_id):
@@ -138,8 +237,7 @@ class ProducerScheduler:
         start = prefill.submitted
         if end <= start:
             return
-        if prefill.plan is None:
-            prefill.plan = self._choose()
+        plan = prefill.plan or self._decide(request_id, prefill)
         first_block, last_block = start // self._block_size, -(-end // self._block_size)
         metadata.encode.append(
             EncodeChunk(
@@ -149,34 +247,70 @@ class ProducerScheduler:
                 start,
                 end,
                 prefill.block_ids[first_block:last_block],
-                prefill.plan,
+                plan,
                 fresh=max(start, computed),
             )
         )
-        prefill.submitted, prefill.opened = end, True
+        if not prefill.opened:
+            prefill.opened = True
+            if self._config.early_reply:
+                self._unanswered.add(request_id)
+        prefill.submitted = end
 
     def finish(self, request: "Request") -> tuple[bool, dict[str, Any] | None]:
         """A request ended: (keep its blocks until they are encoded, parameters for the reply).
 
         A prefill that was aborted or failed is dropped; one that ended by its length or a stop
-        token is handed over, since all its prompt's KV exists.
+        token is handed over, since all its prompt's KV exists. Where the router has its reply, the
+        consumer hears of either.
         """
-        prefill = self._prefills.pop(request.request_id, None)
+        request_id = request.request_id
+        prefill = self._prefills.pop(request_id, None)
         if prefill is None:
             return False, None
-        if prefill.submitted < prefill.num_tokens or not _ended_normally(request):
-            self._dropped.append(request.request_id)
-            return prefill.opened, None
+        self._unanswered.discard(request_id)
+        self._unwanted.discard(request_id)
+        complete = prefill.submitted >= prefill.num_tokens and _ended_normally(request)
+        cause = "" if complete else f"prefill ended early ({request.status.name})"
+        self._events("prefilled", request_id, prefill.transfer_id, cause=cause)
+        self._events(
+            "prefill_ended",
+            request_id,
+            prefill.transfer_id,
+            outcome="complete" if complete else "dropped",
+            seconds=round(time.monotonic() - prefill.arrived, 4),
+            status=request.status.name,
+        )
+        token = _sampled(request) if complete and prefill.sampling else None
+        if prefill.answered:
+            self._outcomes.append(PrefillOutcome(request_id, prefill.transfer_id, token, cause))
+        elif complete:
+            return True, self._hand_over(request_id, prefill, token=token)
+        else:
+            self._dropped.append(request_id)
+        if cause and self._bootstrap is not None and prefill.routed_as is not None:
+            self._bootstrap.fail(prefill.routed_as, cause)
+        return prefill.opened, None
+
+    def _hand_over(
+        self,
+        request_id: str,
+        prefill: _Prefill,
+        *,
+        early: bool = False,
+        token: int | None = None,
+    ) -> dict[str, Any]:
         plan = prefill.plan
-        assert plan is not None  # every token was submitted
+        assert plan is not None and prefill.choice is not None  # decided with the first chunk
         self._events(
             "handoff",
-            request.request_id,
+            request_id,
             prefill.transfer_id,
             prompt_tokens=prefill.num_tokens,
             codec=plan.codec,
+            early=early,
         )
-        return True, {
+        params = {
             "do_remote_prefill": True,
             "do_remote_decode": False,
             "remote_engine_id": self._engine_id,
@@ -193,16 +327,64 @@ class ProducerScheduler:
                 "anchor_bits": plan.anchor_bits,
                 "final_tier": plan.final_tier,
                 "tables": list(plan.tables),
+                "draft_limit": prefill.choice.draft_limit,
                 "exact_first": EXACT_FIRST_TOKENS,
                 "exact_last": self._config.exact_last_tokens,
+                "first_token": token,
+                "sampling": prefill.sampling,
                 "ports": self._ports,
+                "early": early,
+                "prompt": prefill.prompt,
             },
         }
+        if self._bootstrap is not None and prefill.routed_as is not None:
+            self._bootstrap.publish(prefill.routed_as, params)
+        return params
+
+    # ---- EarlyReplyPort ---------------------------------------------------------------------
+
+    def take_answerable(self, scheduled: Iterable[str]) -> list[str]:
+        """Prefills of a finished step whose transfer every worker knows by now."""
+        if not self._unanswered:
+            return []
+        answerable = [request_id for request_id in scheduled if request_id in self._unanswered]
+        self._unanswered.difference_update(answerable)
+        return answerable
+
+    def reply_early(self, request: "Request") -> dict[str, Any] | None:
+        """The reply to a prefill that goes on, where a client cannot miss anything by it."""
+        prefill = self._prefills[request.request_id]
+        sampling = request.sampling_params
+        if (
+            request.max_tokens != 1
+            or request.resumable
+            or sampling is None
+            or sampling.prompt_logprobs is not None
+        ):
+            return None
+        prefill.answered = True
+        return self._hand_over(request.request_id, prefill, early=True)
+
+    def take_refused(self) -> list[str]:
+        """Prefill legs to end with an error."""
+        refused, self._refused = self._refused, []
+        return refused
+
+    def take_unwanted(self) -> list[str]:
+        """Running prefills that were answered early and given up by their consumer since."""
+        unwanted = [name for name in self._unwanted if self._prefills[name].answered]
+        self._unwanted.clear()
+        return unwanted
 
     @property
     def num_prefills(self) -> int:
         """Requests followed now."""
         return len(self._prefills)
+
+
+def _sampled(request: "Request") -> int | None:
+    """The first token that a prefill has sampled."""
+    return request.output_token_ids[0] if request.num_output_tokens else None
 
 
 def _ended_normally(request: "Request") -> bool:

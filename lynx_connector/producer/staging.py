@@ -7,14 +7,13 @@ import time
 from lynx_connector.codec import KltTables
 from lynx_connector.errors import TransferError
 from lynx_connector.events import EventLog
+from lynx_connector.protocol import Prefilled
 from lynx_connector.transfer import TierBuffers
 
 
 class StagedTransfer:
-    """One request's tiers. Rows of tokens below `encoded` are final.
-
-    `encoded` grows with the prefill; a preemption (`restarts`) sends it back to 0.
-    """
+    """One request's tiers. Rows of tokens below `encoded`, which grows with the prefill, are
+    final."""
 
     def __init__(
         self,
@@ -32,14 +31,21 @@ class StagedTransfer:
         """What its codec was learned from; held until no consumer can ask for them any more."""
         self.num_bytes = buffers.num_bytes
         self.encoded = 0
+        self.ready_since: list[tuple[int, float]] = []
+        """(tokens encoded, time.monotonic() then), for how long frames wait to be sent."""
         self.dropped = False
-        self.restarts = 0
+        self.outcome: Prefilled | None = None
+        """How its prefill ended, where the router had its reply before."""
         self._touched = time.monotonic()
 
-    def restart(self) -> None:
-        """The prefill starts over; what was encoded is not sent."""
-        self.encoded = 0
-        self.buffers.forget_encoded()
+    def advance(self, encoded: int) -> None:
+        """Rows of tokens below `encoded` are final."""
+        self.ready_since.append((encoded, time.monotonic()))
+        self.encoded = encoded
+
+    def encoded_at(self, tokens: int) -> float:
+        """When the first `tokens` tokens were encoded (time.monotonic())."""
+        return next((at for encoded, at in self.ready_since if encoded >= tokens), 0.0)
 
     def touch(self) -> None:
         """Contact with a consumer: the lease starts anew."""
@@ -66,6 +72,7 @@ class StagingStore:
         self._lock = threading.Lock()
         self._transfers: dict[str, StagedTransfer] = {}
         self._causes: dict[str, str] = {}
+        self._unwanted: set[str] = set()
         self.used_bytes = 0
 
     def __len__(self) -> int:
@@ -75,8 +82,7 @@ class StagingStore:
         """Take memory for a transfer; False (and a cause for the consumer) if there is no room."""
         with self._lock:
             if self.used_bytes + transfer.num_bytes > self._limit:
-                self._remember(transfer.transfer_id, self._full(transfer.num_bytes))
-                transfer.dropped = True
+                self._refuse(transfer, self._full(transfer.num_bytes))
                 return False
             self.used_bytes += transfer.num_bytes
             self._transfers[transfer.transfer_id] = transfer
@@ -86,8 +92,23 @@ class StagingStore:
     def refuse(self, transfer: StagedTransfer, cause: str) -> None:
         """Remember why a transfer cannot be staged at all."""
         with self._lock:
-            self._remember(transfer.transfer_id, cause)
-            transfer.dropped = True
+            self._refuse(transfer, cause)
+
+    def _refuse(self, transfer: StagedTransfer, cause: str) -> None:
+        self._remember(transfer.transfer_id, cause)
+        transfer.dropped = True
+        self._events("refused", transfer.request_id, transfer.transfer_id, cause=cause)
+
+    def settle(self, outcome: Prefilled) -> None:
+        """The prefill of a transfer that was answered early has ended; a failed one is dropped."""
+        with self._lock:
+            transfer = self._transfers.get(outcome.transfer_id)
+            if transfer is not None:
+                transfer.outcome = outcome
+            elif outcome.cause and outcome.transfer_id not in self._causes:
+                self._remember(outcome.transfer_id, outcome.cause)
+        if outcome.cause:
+            self.drop(outcome.transfer_id, outcome.cause)
 
     def resize(self, transfer: StagedTransfer) -> bool:
         """Count what was encoded instead of what was estimated; False, and the transfer is
@@ -148,6 +169,19 @@ class StagingStore:
             staging_bytes=left,
         )
         return transfer
+
+    def release(self, transfer_id: str, cause: str) -> None:
+        """The consumer needs a transfer no more; its prefill may still run."""
+        transfer = self.drop(transfer_id, cause)
+        if transfer is not None and transfer.encoded < transfer.num_tokens:
+            with self._lock:
+                self._unwanted.add(transfer.request_id)
+
+    def take_unwanted(self) -> set[str]:
+        """Requests whose transfer was released before it was whole, since the last call."""
+        with self._lock:
+            unwanted, self._unwanted = self._unwanted, set()
+        return unwanted
 
     def expire(self) -> list[StagedTransfer]:
         """Drop every complete transfer whose lease has run out, and return them."""

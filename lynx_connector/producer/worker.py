@@ -23,7 +23,7 @@ from lynx_connector.producer.encoder import ChunkEncoder
 from lynx_connector.producer.learning import OnlineLearning, start_learning
 from lynx_connector.producer.staging import StagedTransfer, StagingStore
 from lynx_connector.producer.tables import ProducerTables
-from lynx_connector.protocol import TABLE_CODECS
+from lynx_connector.protocol import MAX_CAUSE, TABLE_CODECS, Prefilled
 from lynx_connector.streams import SideStream
 from lynx_connector.transfer import TierBuffers, TokenRange, plan_pieces, slots_of
 from lynx_connector.transport.server import TierServer
@@ -37,8 +37,6 @@ class _Job:
     transfer: StagedTransfer
     tokens: TokenRange
     slots: np.ndarray
-    restarts: int
-    """Value of `transfer.restarts` when the job was queued; a later one makes the job void."""
     fresh: int
     """First token not seen before: those of the prefix cache teach nothing new."""
     ready: object | None
@@ -59,7 +57,7 @@ class ProducerWorker:
         self._block_size = context.block_size
         self._loop = context.loop
         self._events = context.events
-        self._rank = context.rank
+        self.rank = context.rank
         self._codecs = CodecCache(context.geometry, context.cache)
         self._exact = self._codecs.get("bf16")
         learns = config.codec in TABLE_CODECS
@@ -90,6 +88,7 @@ class ProducerWorker:
         )
         port = config.listen_port + context.rank if config.listen_port else 0
         self._loop.run(self._server.start(port))
+        self._reported_mbit = self._reported_step_ms = 0.0
         self._transfers: dict[str, StagedTransfer] = {}
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._pending: dict[str, int] = {}
@@ -135,21 +134,58 @@ class ProducerWorker:
     def take_report(self) -> dict[int, str]:
         """This rank's newest digest, if it is new; else empty."""
         digest = self._tables.take_report()
-        return {} if digest is None else {self._rank: digest}
+        return {} if digest is None else {self.rank: digest}
+
+    def gauges(self) -> dict[str, float]:
+        """Metrics that show how things are now."""
+        return {
+            "staging_used_bytes": self._store.used_bytes,
+            "staging_limit_bytes": int(self._config.staging_bytes),
+            "open_transfers": len(self._store),
+            "connections": self._server.num_sessions,
+            "link_mbit": self._server.rates.mbit,
+        }
+
+    # ---- what the plan needs --------------------------------------------------------------
+
+    def take_measured(self) -> tuple[dict[int, float], dict[int, float]]:
+        """(Mbit/s of this rank's link, ms of a decode step) by rank; empty where unchanged."""
+        mbit, step_ms = self._server.rates.mbit, self._server.step_ms
+        link, step = {}, {}
+        if _changed(self._reported_mbit, mbit):
+            self._reported_mbit = link[self.rank] = mbit
+        if _changed(self._reported_step_ms, step_ms):
+            self._reported_step_ms = step[self.rank] = step_ms
+        return link, step
+
+    def take_unwanted(self) -> set[str]:
+        """Requests that their consumer gave up while they run."""
+        return self._store.take_unwanted()
 
     # ---- called by the connector within a step ------------------------------------------
 
     def apply_drops(self, metadata: LynxMetadata) -> None:
-        """Before the step: stop reading blocks that are being taken away."""
+        """Before the step: stop reading blocks that are being taken away, and pass on outcomes."""
+        for outcome in metadata.outcomes:
+            self.set_outcome(outcome.transfer_id, outcome.first_token, outcome.cause)
         for request_id in metadata.dropped:
             if transfer := self._transfers.get(request_id):
                 self._store.drop(transfer.transfer_id, "request ended before its prefill did")
-        for request_id in metadata.preempted:
-            if transfer := self._transfers.get(request_id):
-                # Its prefill starts over; what was encoded would only be encoded again.
-                transfer.restarts += 1
-                self._wait_idle(request_id)
-                transfer.restart()
+        for request_id in metadata.preempted & self._transfers.keys():
+            self._wait_idle(request_id)  # the encoder reads its blocks
+        if metadata.dropped:
+            self._loop.post(self._server.notify)  # consumers that wait hear of it
+
+    def set_outcome(self, transfer_id: str, first_token: int | None, cause: str = "") -> None:
+        """How a prefill ended whose router had its reply before; its consumer is told.
+
+        Rank 0 alone carries the token, every rank a failure. Later calls for the same transfer,
+        and calls for one that was released, change nothing.
+        """
+        if self.rank and not cause:
+            return
+        self._store.settle(Prefilled(transfer_id, first_token, cause[:MAX_CAUSE]))
+        self._loop.post(self._server.notify)
 
     def submit(self, metadata: LynxMetadata) -> None:
         """After the step's forward pass: queue its finished chunks."""
@@ -165,7 +201,7 @@ class ProducerWorker:
             slots = slots_of(tokens, chunk.block_ids, first_block, self._block_size)
             with self._pending_changed:
                 self._pending[chunk.request_id] = self._pending.get(chunk.request_id, 0) + 1
-            self._jobs.put(_Job(transfer, tokens, slots, transfer.restarts, chunk.fresh, ready))
+            self._jobs.put(_Job(transfer, tokens, slots, chunk.fresh, ready))
 
     def take_finished(self, finished_request_ids: set[str]) -> set[str]:
         """Finished requests whose blocks are not read any more (vLLM then frees them)."""
@@ -182,7 +218,7 @@ class ProducerWorker:
     def _open(self, chunk: EncodeChunk) -> StagedTransfer:
         plan = chunk.plan
         cause = None
-        tables = self.find(plan.tables[self._rank]) if plan.tables else None
+        tables = self.find(plan.tables[self.rank]) if plan.tables else None
         try:
             codec = self._codecs.get(plan.codec, plan.anchor_bits, tables)
         except CodecError as error:
@@ -241,20 +277,21 @@ class ProducerWorker:
         began = time.monotonic()
         with self._stream.after(job.ready):
             for piece, tokens in transfer.buffers.overlapping(job.tokens):
-                if transfer.dropped or transfer.restarts != job.restarts:
+                if transfer.dropped:
                     return
                 self._chunks.encode(piece, tokens, job.slots_of(tokens))
         if not self._store.resize(transfer):
             self._log_full(transfer)
             return
         transfer.touch()
-        transfer.encoded = job.tokens.end
+        transfer.advance(job.tokens.end)
         self._loop.post(self._server.notify)
         self._events(
             "chunk_encoded",
             transfer.request_id,
             transfer.transfer_id,
             tokens_done=job.tokens.end,
+            tokens=len(job.tokens),
             seconds=round(time.monotonic() - began, 4),
         )
         if self._learning is not None and self._learning.active:
@@ -265,7 +302,7 @@ class ProducerWorker:
         unseen = TokenRange(max(job.tokens.start, job.fresh), job.tokens.end)
         with self._stream.after(job.ready):
             for piece, tokens in job.transfer.buffers.overlapping(unseen):
-                if piece.codec is not self._exact and job.transfer.restarts == job.restarts:
+                if piece.codec is not self._exact:
                     learning.observe(self._cache, job.slots_of(tokens), tokens.start)
 
     def _wait_idle(self, request_id: str) -> None:
@@ -279,3 +316,8 @@ class ProducerWorker:
         if self._learning is not None:
             self._learning.stop()
         self._loop.run(self._server.stop(), timeout=5.0)
+
+
+def _changed(reported: float, now: float) -> bool:
+    """Whether a measurement is known and differs by more than 2 % from what was reported."""
+    return now > 0 and abs(now - reported) > 0.02 * reported

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Speculative start for vLLM: draft from a coarse KV cache, verify once the exact one is there.
+"""vLLM's scheduler, with speculative start on a decode instance (draft from a coarse KV cache,
+verify once the exact one is there) and early reply on a prefill instance.
 
 `--scheduler-cls lynx_connector.scheduler.LynxScheduler` (or `LynxAsyncScheduler` where vLLM
 schedules asynchronously). The two classes are imported on first use, so that

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every touch of vLLM's scheduler internals that speculative start needs, one function each.
+"""Every touch of vLLM's scheduler internals that Lynx needs, one function each.
 
 Written against vLLM 0.32. In the line references S is vllm/v1/core/sched/scheduler.py, A is
 vllm/v1/core/sched/async_scheduler.py, R1 and R2 are the model runners
@@ -14,11 +14,14 @@ from typing import TYPE_CHECKING
 
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import NewRequestData
+from vllm.v1.engine import EngineCoreEventType, EngineCoreOutput, EngineCoreOutputs, FinishReason
+from vllm.v1.request import RequestStatus
 
 from lynx_connector.scheduler import shadows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+    from typing import Any
 
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.core.sched.scheduler import Scheduler
@@ -84,12 +87,12 @@ def freeze(request: Request) -> None:
     request.num_computed_tokens = request.num_tokens
 
 
-def forget_drafts(scheduler: Scheduler, request: Request) -> None:
-    """Cut a request back to its prompt (tokens and block hashes)."""
-    prompt = request.num_prompt_tokens
-    request._output_token_ids.clear()
-    del request._all_token_ids[prompt:]
-    del request.block_hashes[prompt // scheduler.hash_block_size :]
+def forget_drafts(scheduler: Scheduler, request: Request, confirmed: int) -> None:
+    """Cut a request back to its first `confirmed` output tokens (tokens and block hashes)."""
+    left = request.num_prompt_tokens + confirmed
+    del request._output_token_ids[confirmed:]
+    del request._all_token_ids[left:]
+    del request.block_hashes[left // scheduler.hash_block_size :]
 
 
 def set_seed(request: Request, seed: int) -> None:
@@ -106,7 +109,7 @@ def has_room(scheduler: Scheduler, request: Request) -> bool:
 
 
 def make_room(scheduler: Scheduler, request: Request, drafts: int) -> int:
-    """Allocate KV slots behind the prompt for `drafts` drafts; returns for how many there are.
+    """Allocate KV slots behind the confirmed tokens for `drafts` drafts; returns how many fit.
 
     Called before `Scheduler.schedule`, so that a model that zeroes new blocks does so in the very
     step that writes them (S:1563).
@@ -216,9 +219,7 @@ def restore(scheduler: Scheduler, output: SchedulerOutput, waiting: set[str]) ->
     Done where such a request is scheduled next; its id then leaves `waiting`.
     - V2 ignores a lowered num_computed_tokens (R2:1236); a new request of the same id replaces the
       old one (R2:1165).
-    - V1 takes the update of a streaming session (R1:1250, R1:1591). It files all tokens under the
-      prompt; parameters that would notice never get here with tokens emitted, see
-      `SamplingFacts.path`, but for min_tokens, which is lowered.
+    - V1 takes the update of a streaming session (R1:1250, R1:1591), see `file_outputs`.
     A preempted request on V2 is sent anew by vLLM itself (S:1425).
     """
     waiting.difference_update(new.req_id for new in output.scheduled_new_reqs)
@@ -247,12 +248,57 @@ def restore(scheduler: Scheduler, output: SchedulerOutput, waiting: set[str]) ->
             uses_mrope=scheduler.model_uses_mrope,
         )
         new.num_computed_tokens = computed
-        if not scheduler.use_v2_model_runner and request.num_output_tokens:
-            new.prompt_token_ids = tokens
-            params = request.sampling_params.clone()
-            params.min_tokens = max(0, params.min_tokens - request.num_output_tokens)
-            new.sampling_params = params
         output.scheduled_new_reqs.append(new)
+
+
+def file_outputs(scheduler: Scheduler, output: SchedulerOutput, filed: dict[str, int]) -> None:
+    """Have the V1 runner take output tokens of requests that are new to it for prompt.
+
+    It knows no output of a new request (R1:1290), so its copy of the prompt holds all tokens;
+    parameters that would notice never get here with tokens emitted (`SamplingFacts.path`,
+    `first_token.reads_outputs`), but for min_tokens, which is lowered. `filed` remembers how many
+    there are per request: by so many the counts in later steps are too high for it (R1:1405,
+    R1:1435).
+    """
+    for new in output.scheduled_new_reqs:
+        request = scheduler.requests[new.req_id]
+        filed.pop(new.req_id, None)
+        if request.num_output_tokens:
+            filed[new.req_id] = request.num_output_tokens
+            new.prompt_token_ids = list(request.all_token_ids)
+            new.sampling_params = request.sampling_params.clone()
+            new.sampling_params.min_tokens = max(
+                0, request.sampling_params.min_tokens - request.num_output_tokens
+            )
+    counts = output.scheduled_cached_reqs.num_output_tokens
+    for at, request_id in enumerate(output.scheduled_cached_reqs.req_ids):
+        counts[at] -= filed.get(request_id, 0)
+
+
+def waits_for_load(request: Request) -> bool:
+    """Whether a request's asynchronous load is allocated and it has not run since."""
+    return request.status == RequestStatus.WAITING_FOR_REMOTE_KVS
+
+
+def end_load(scheduler: Scheduler, request: Request) -> bool:
+    """A request ends before it was promoted; True if its blocks must wait for its load to end.
+
+    As `finish_requests` does for such a request (S:2669).
+    """
+    pending = request.request_id not in scheduler.finished_recving_kv_req_ids
+    scheduler.finished_recving_kv_req_ids.discard(request.request_id)
+    scheduler.failed_recving_kv_req_ids.discard(request.request_id)
+    return pending
+
+
+def record_scheduled(scheduler: Scheduler, request: Request) -> None:
+    """Tell vLLM's metrics that a request is served from now on.
+
+    It does so itself when it first schedules tokens, for a handed over token too late: queue time
+    ends there and prefill time begins (v1/metrics/stats.py:597).
+    """
+    if scheduler.log_stats:
+        request.record_event(EngineCoreEventType.SCHEDULED)
 
 
 def inject(
@@ -265,13 +311,15 @@ def inject(
     """Copies of a step and its result in which each request produced its emitted tokens.
 
     vLLM then appends, stops, finishes and reports them as if they had been sampled in this step
-    (S:2062-2290). A request ends up with one token to compute: the last emitted one.
+    (S:2062-2290). A request ends up with one token to compute: the last emitted one; where its load
+    is under way, so it does once that has ended.
     """
     scheduled = dict(output.num_scheduled_tokens)
     index = dict(result.req_id_to_index)
     sampled = list(result.sampled_token_ids)
     for request, tokens, _ in emitted:
-        request.num_computed_tokens = request.num_prompt_tokens + len(tokens) - 1
+        if not waits_for_load(request):
+            request.num_computed_tokens = request.num_tokens + len(tokens) - 1
         request.num_in_flight_tokens += 1  # taken off again with the token scheduled here
         request.num_output_placeholders = len(tokens) if asynchronous else 0  # A:71
         scheduled[request.request_id] = 1
@@ -288,3 +336,43 @@ def inject(
             result, req_id_to_index=index, sampled_token_ids=sampled, logprobs=logprobs
         ),
     )
+
+
+def answer(
+    scheduler: Scheduler,
+    outputs: dict[int, EngineCoreOutputs],
+    request: Request,
+    kv_transfer_params: dict[str, Any],
+) -> None:
+    """Add the final output of a request that goes on running, with no token.
+
+    The front end closes the request with it, and passes over later outputs of an id that it does
+    not know (vllm/v1/engine/output_processor.py:714). Statistics are handed out once, as with a
+    first token (S:2207).
+    """
+    stats = request.take_prefill_stats()
+    if stats is not None:
+        stats.finalize(scheduler.kv_cache_manager.estimate_cached_tokens(request))
+        kv_transfer_params["remote_prefill_cached_tokens"] = stats.num_cached_tokens  # S:2239
+    output = EngineCoreOutput(
+        request_id=request.request_id,
+        new_token_ids=[],
+        finish_reason=FinishReason.LENGTH,
+        events=request.take_events(),
+        kv_transfer_params=kv_transfer_params,
+        trace_headers=request.trace_headers,
+        prefill_stats=stats,
+    )
+    outputs.setdefault(request.client_index, EngineCoreOutputs()).outputs.append(output)
+
+
+def answer_error(outputs: dict[int, EngineCoreOutputs], request: Request) -> None:
+    """Add the error output of a request that was ended outside a step (as S:2309 does)."""
+    output = EngineCoreOutput(
+        request_id=request.request_id,
+        new_token_ids=[],
+        finish_reason=request.get_finished_reason(),
+        events=request.take_events(),
+        trace_headers=request.trace_headers,
+    )
+    outputs.setdefault(request.client_index, EngineCoreOutputs()).outputs.append(output)

@@ -20,6 +20,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
 from lynx_connector.scheduler import grammar, hooks, startup
+from lynx_connector.scheduler.early_reply import EarlyReplyMixin
 from lynx_connector.scheduler.states import Drafting, PauseReason, Verifying, VerifyPath
 from lynx_connector.scheduler.verifier import Verifier
 
@@ -48,11 +49,14 @@ class SpeculativeStartMixin(_Base):
         self._speculates = port is not None
         self._drafting: dict[str, Drafting] = {}
         self._restoring: set[str] = set()  # requests whose drafts the runner still takes for output
+        self._filed: dict[str, int] = {}  # output tokens that the V1 runner takes for prompt
+        self._handed_over: set[str] = set()  # requests that emit their prefill's token in this step
         if port is None:
             return
         self._port: SpeculationPort = port
         startup.check_supported(self.vllm_config, self.kv_cache_config)
         reserved = hooks.reserve_slots(self, port.verify_rows)
+        self._vocabulary = self.vllm_config.model_config.get_vocab_size()
         self._verifier = Verifier(self, port.verify_rows, reserved)
         # V1's asynchronous runner rebuilds a request that sat out a step by itself (R1:1436).
         self._runner_restores = (
@@ -83,6 +87,8 @@ class SpeculativeStartMixin(_Base):
             if request_id in self.requests:
                 self._start_drafting(self.requests[request_id])
         hooks.restore(self, output, self._restoring)
+        if not self.use_v2_model_runner:
+            hooks.file_outputs(self, output, self._filed)
         self._verifier.send(output)
         return output
 
@@ -100,12 +106,17 @@ class SpeculativeStartMixin(_Base):
         if params.eos_token_id is not None:
             terminal.add(params.eos_token_id)
         self._drafting[request.request_id] = Drafting.start(
-            draft_limit=self._port.draft_limit,
-            max_tokens=request.max_tokens,
-            context_left=self.max_model_len - request.num_prompt_tokens,
+            **self._bounds(request),
             terminal=terminal,
             may_draft=grammar.can_draft(request, self.structured_output_manager),
         )
+
+    def _bounds(self, request: Request) -> dict[str, int]:
+        return {
+            "draft_limit": self._port.draft_limit_of(request.request_id),
+            "max_tokens": request.max_tokens - request.num_output_tokens,
+            "context_left": self.max_model_len - request.num_tokens,
+        }
 
     def _advance(self, request: Request, drafting: Drafting) -> None:
         """Take one drafting request as far as what has come in since the last step allows."""
@@ -136,14 +147,14 @@ class SpeculativeStartMixin(_Base):
         hooks.freeze(request)
         self._port.event("verify_started", request_id, drafts=len(drafting.drafts), how=str(path))
         if path is VerifyPath.REWIND:
-            request.num_computed_tokens = request.num_prompt_tokens - 1
+            request.num_computed_tokens = request.num_tokens - 1
             self._verified(request, Verifying(path, drafting.drafts, 0, time.monotonic()))
         else:
             self._verifier.start(request, path, drafting)
 
     def _take_back(self, request: Request, drafting: Drafting) -> None:
         grammar.roll_back(request, drafting.grammar_steps)
-        hooks.forget_drafts(self, request)
+        hooks.forget_drafts(self, request, drafting.confirmed)
 
     # ---- update ----------------------------------------------------------------------------------
 
@@ -155,14 +166,17 @@ class SpeculativeStartMixin(_Base):
         done = self._verifier.collect(scheduler_output, model_runner_output)
         for one in done:
             self._verified(one.request, one.state)
-        if done:
+        emitted = [(one.request, one.state.emitted, one.logprobs) for one in done]
+        emitted += [(request, [token], []) for request, token in self._take_first_tokens()]
+        if emitted:
             scheduler_output, model_runner_output = hooks.inject(
                 scheduler_output,
                 model_runner_output,
-                [(one.request, one.state.emitted, one.logprobs) for one in done],
+                emitted,
                 asynchronous=self._asynchronous,
             )
         outputs = super().update_from_output(scheduler_output, model_runner_output)
+        self._handed_over.clear()
         for request_id in self._port.take_refined():
             if request_id in self._drafting:
                 self._drafting[request_id].refined = True
@@ -174,12 +188,37 @@ class SpeculativeStartMixin(_Base):
                 self._fall_back(self.requests[request_id], drafting)
         return outputs
 
+    def _take_first_tokens(self) -> list[tuple[Request, int]]:
+        """Tokens that prefills have sampled, of requests that still wait for their KV.
+
+        They are emitted now, and decoding goes on behind them when the KV is here. Later there is
+        nothing to gain: the request samples its first token itself.
+        """
+        ready = []
+        for request_id, token in self._port.take_first_tokens():
+            request = self.requests.get(request_id)
+            if request is None or not hooks.waits_for_load(request) or request.num_output_tokens:
+                continue
+            if token >= self._vocabulary or hooks.keeps_shadows_opaque(self):
+                continue
+            self._handed_over.add(request_id)
+            self._port.event("first_token", request_id, token=token)
+            hooks.record_scheduled(self, request)
+            ready.append((request, token))
+        return ready
+
     def _update_request_with_output(
         self, request: Request, new_token_ids: list[int], is_stale: bool = False
     ) -> tuple[list[int], bool]:
         drafting = self._drafting.get(request.request_id)
-        if drafting is None:
-            return super()._update_request_with_output(request, new_token_ids, is_stale)
+        handed_over = request.request_id in self._handed_over
+        if drafting is None or handed_over:
+            emitted, stopped = super()._update_request_with_output(request, new_token_ids, is_stale)
+            if handed_over and not stopped:
+                self._handed_over.discard(request.request_id)
+                if drafting is not None:
+                    drafting.confirm(**self._bounds(request))
+            return emitted, stopped
         if self._asynchronous and not is_stale:
             request.num_output_placeholders -= len(new_token_ids)
         for token in new_token_ids:
@@ -220,6 +259,7 @@ class SpeculativeStartMixin(_Base):
             request_id,
             drafted=drafted,
             accepted=accepted,
+            how=str(state.how),
             steps=state.steps,
             ms=round(ms, 3),
             rejected_token=None if state.how is VerifyPath.REWIND else state.rejected_token,
@@ -279,12 +319,15 @@ class SpeculativeStartMixin(_Base):
             self._drafting.pop(request.request_id, None)
             self._verifier.drop(request.request_id)
             self._restoring.discard(request.request_id)
+            self._filed.pop(request.request_id, None)
+            if request.request_id in self._handed_over:
+                delay_free_blocks |= hooks.end_load(self, request)
         return super()._free_request(request, delay_free_blocks)
 
 
-class LynxScheduler(SpeculativeStartMixin, Scheduler):
-    """vLLM's synchronous scheduler with speculative start."""
+class LynxScheduler(SpeculativeStartMixin, EarlyReplyMixin, Scheduler):
+    """vLLM's synchronous scheduler: speculative start of decodes, early reply to prefills."""
 
 
-class LynxAsyncScheduler(SpeculativeStartMixin, AsyncScheduler):
-    """vLLM's asynchronous scheduler with speculative start."""
+class LynxAsyncScheduler(SpeculativeStartMixin, EarlyReplyMixin, AsyncScheduler):
+    """vLLM's asynchronous scheduler: speculative start of decodes, early reply to prefills."""

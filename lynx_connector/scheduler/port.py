@@ -1,7 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the scheduler needs to know from a KV connector that hands over KV in tiers."""
 
-from typing import Protocol
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
 
 
 class SpeculationPort(Protocol):
@@ -14,7 +20,7 @@ class SpeculationPort(Protocol):
     """
 
     draft_limit: int
-    """Most tokens that may be drafted for one request."""
+    """Most tokens that may be drafted for any request."""
 
     verify_rows: int
     """Most one-token rows that one request gets in one verification step."""
@@ -22,11 +28,19 @@ class SpeculationPort(Protocol):
     def take_started(self) -> list[str]:
         """Requests whose load was just allocated and reports `finished_recving` at the anchor."""
 
+    def take_first_tokens(self) -> list[tuple[str, int]]:
+        """(request id, token): what a prefill has sampled, to be emitted as the first output token
+        of a request whose load is allocated. A sample of the exact model under the request's own
+        parameters; it may come at any time or never, and too late it is of no use."""
+
     def take_refined(self) -> list[str]:
         """Requests whose final tier is now in place on all ranks."""
 
     def take_failed(self) -> list[tuple[str, str]]:
         """(request id, cause) of transfers lost after their load was allocated."""
+
+    def draft_limit_of(self, request_id: str) -> int:
+        """Most tokens to draft for this request, `draft_limit` or less."""
 
     def cancel(self, request_id: str) -> None:
         """Drop the request's transfer; idempotent.
@@ -37,3 +51,23 @@ class SpeculationPort(Protocol):
 
     def event(self, name: str, request_id: str, **fields: object) -> None:
         """Record `name` in the request's timeline."""
+
+
+class EarlyReplyPort(Protocol):
+    """The producer's scheduler half, seen from `LynxScheduler` as `connector.early_replies`.
+
+    A prefill *may be answered* from the end of its first step, when every worker knows its
+    transfer, until it ends; `reply_early` is its answer and is given once.
+    """
+
+    def take_answerable(self, scheduled: Iterable[str]) -> list[str]:
+        """Those of a finished step's requests that may be answered now."""
+
+    def reply_early(self, request: Request) -> dict[str, Any] | None:
+        """`kv_transfer_params` for the router while the prefill goes on; None: not this one."""
+
+    def take_refused(self) -> list[str]:
+        """Requests to end with an error: their transfer could not be told from another."""
+
+    def take_unwanted(self) -> list[str]:
+        """Running prefills that were answered early and that no decode instance waits for now."""

@@ -2,9 +2,9 @@
 """Shadow requests: how drafts are verified without speculative decoding in the model runner.
 
 A shadow is a `NewRequestData` that the runner sees for one step only. It shares the KV blocks of
-the request that it verifies and computes the last prompt token and drafts again, over the refined
-cache. Within a layer vLLM writes the K/V of every token of the batch before attention reads any
-(vllm/model_executor/layers/attention/attention.py), so row i reads the fresh K/V of the rows
+the request that it verifies and computes its last confirmed token and the drafts again, over the
+refined cache. Within a layer vLLM writes the K/V of every token of the batch before attention reads
+any (vllm/model_executor/layers/attention/attention.py), so row i reads the fresh K/V of the rows
 before it and its sample is the one that ordinary decoding would have taken.
 """
 
@@ -65,12 +65,12 @@ def wants_logprobs(params: SamplingParams) -> bool:
 def one_pass(
     shadow_id: str, request: Request, drafts: Sequence[int], block_ids: BlockIds, *, v2: bool
 ) -> NewRequestData:
-    """One greedy shadow of len(drafts) + 1 tokens.
+    """One greedy shadow of len(drafts) + 1 tokens, from the request's last token on.
 
     `prompt_logprobs=1` makes the runner return the best token of every position, so the prompt's KV
     is read once for all drafts. Needs at least one draft: with none there is no prompt logprob.
     """
-    tokens = [*request.prompt_token_ids, *drafts]
+    tokens = [*request.all_token_ids, *drafts]
     return NewRequestData(
         req_id=shadow_id,
         prompt_token_ids=tokens,
@@ -78,7 +78,7 @@ def one_pass(
         sampling_params=SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1),
         pooling_params=None,
         block_ids=_copy(block_ids),
-        num_computed_tokens=request.num_prompt_tokens - 1,
+        num_computed_tokens=request.num_tokens - 1,
         lora_request=request.lora_request,
         prefill_token_ids=tokens if v2 else None,
     )
@@ -98,23 +98,24 @@ def row(
     The V2 runner is told which of its tokens are output; the V1 runner knows a new request's tokens
     as prompt only.
     """
-    prompt = list(request.prompt_token_ids)
-    tokens = [*prompt, *drafts[:index]]
+    tokens = [*request.all_token_ids, *drafts[:index]]
     return NewRequestData(
         req_id=shadow_id,
-        prompt_token_ids=prompt if v2 else tokens,
+        prompt_token_ids=list(request.prompt_token_ids) if v2 else tokens,
         mm_features=[],
-        sampling_params=row_params(request.sampling_params, index, v2=v2),
+        sampling_params=row_params(
+            request.sampling_params, request.num_output_tokens + index, v2=v2
+        ),
         pooling_params=None,
         block_ids=_copy(block_ids),
-        num_computed_tokens=request.num_prompt_tokens - 1 + index,
+        num_computed_tokens=len(tokens) - 1,
         lora_request=request.lora_request,
         prefill_token_ids=tokens if v2 else None,
     )
 
 
-def row_params(params: SamplingParams, index: int, *, v2: bool) -> SamplingParams:
-    """The request's sampling parameters as row `index` needs them.
+def row_params(params: SamplingParams, outputs: int, *, v2: bool) -> SamplingParams:
+    """The request's sampling parameters as a row that has read `outputs` output tokens needs them.
 
     V2 draws noise from a hash of (seed, position, token), so rows keep the seed and meet the very
     noise of the draft in their place. V1 draws from a generator per request, where an equal seed
@@ -127,9 +128,9 @@ def row_params(params: SamplingParams, index: int, *, v2: bool) -> SamplingParam
             k: v for k, v in params.extra_args.items() if k != "kv_transfer_params"
         }
     if not v2:
-        params.min_tokens = max(0, params.min_tokens - index)
+        params.min_tokens = max(0, params.min_tokens - outputs)
         if params.seed is not None:
-            digest = hashlib.blake2b(f"{params.seed}/{index}".encode(), digest_size=6).digest()
+            digest = hashlib.blake2b(f"{params.seed}/{outputs}".encode(), digest_size=6).digest()
             params.seed = int.from_bytes(digest, "big")
     return params
 

@@ -4,9 +4,10 @@
     waiting for the anchor -> Drafting (possibly paused) -> Verifying -> ordinary
 
 `Drafting` and `Verifying` hold what the scheduler must remember in between; a request without
-either is an ordinary one. Token positions: the prompt holds P tokens, row i of a verification reads
-the token at position P - 1 + i (the last prompt token, then draft 1, draft 2, ...) and samples s_i,
-the genuine token for position P + i.
+either is an ordinary one. Token positions: P tokens are confirmed, the prompt and with it the first
+output token where the prefill has handed one over. Row i of a verification reads the token at
+position P - 1 + i (the last confirmed token, then draft 1, draft 2, ...) and samples s_i, the
+genuine token for position P + i.
 """
 
 from collections.abc import Iterable
@@ -72,6 +73,7 @@ class Drafting:
     refined: bool = False
     failure: str | None = None
     grammar_steps: int = 0  # tokens by which the request's grammar is ahead of its output
+    confirmed: int = 0  # output tokens before the drafts that are already emitted
 
     @classmethod
     def start(
@@ -89,6 +91,18 @@ class Drafting:
         nor more than `context_left` - 1, where `context_left` counts the tokens that still fit
         behind the prompt.
         """
+        drafting = cls(0, PauseReason.LIMIT, frozenset(terminal))
+        drafting._bound(draft_limit, max_tokens, context_left, may_draft)
+        return drafting
+
+    def confirm(self, *, draft_limit: int, max_tokens: int, context_left: int) -> None:
+        """One output token was emitted before any draft; arguments as in `start`, now."""
+        if self.drafts:
+            raise RuntimeError("a request that has drafted is confirmed by verification only")
+        self.confirmed += 1
+        self._bound(draft_limit, max_tokens, context_left, self.limit_reason != PauseReason.GRAMMAR)
+
+    def _bound(self, draft_limit: int, max_tokens: int, context_left: int, may_draft: bool) -> None:
         bounds = [
             (draft_limit, PauseReason.LIMIT),
             (max_tokens - 1, PauseReason.MAX_TOKENS),
@@ -96,8 +110,8 @@ class Drafting:
         ]
         if not may_draft:
             bounds.append((0, PauseReason.GRAMMAR))
-        limit, reason = min(bounds, key=lambda bound: bound[0])
-        return cls(max(limit, 0), reason, frozenset(terminal))
+        limit, self.limit_reason = min(bounds, key=lambda bound: bound[0])
+        self.limit = max(limit, 0)
 
     def append(self, token: int) -> PauseReason | None:
         """Record one decoded token; returns the reason when drafting must pause now."""

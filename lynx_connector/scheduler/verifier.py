@@ -60,7 +60,7 @@ class Verifier:
         )
 
     def start(self, request: Request, path: VerifyPath, drafting: Drafting) -> None:
-        """Take over a request that is frozen at the end of its prompt."""
+        """Take over a request that is frozen at the end of its confirmed tokens."""
         state = Verifying(path, drafting.drafts, drafting.rows, started=time.monotonic())
         self._states[request.request_id] = state
         self._logprobs[request.request_id] = []

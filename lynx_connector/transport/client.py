@@ -11,6 +11,7 @@ import numpy as np
 
 from lynx_connector import protocol
 from lynx_connector.errors import LynxError, ProtocolError, TransferError
+from lynx_connector.events import SILENT, EventLog
 from lynx_connector.transport.connection import Connection, checksum
 from lynx_connector.transport.handshake import Identity, greet
 from lynx_connector.transport.tables import TablesSink, WantedTables
@@ -36,6 +37,9 @@ class Sink(Protocol):
 
         Raises TransferError if its content is not acceptable.
         """
+
+    def prefilled(self, first_token: int | None) -> None:
+        """The prefill has ended well, and sampled this token (None: not handed over)."""
 
     def failed(self, cause: str) -> None:
         """Nothing more will arrive."""
@@ -67,16 +71,30 @@ async def connect(address: Address, identity: Identity) -> tuple[Connection, pro
 class TierClient:
     """Fetches transfers and the tables they need. All methods run in the transport loop."""
 
-    def __init__(self, identity: Identity, timeout_seconds: float, tables: TablesSink):
+    def __init__(
+        self,
+        identity: Identity,
+        timeout_seconds: float,
+        tables: TablesSink,
+        events: EventLog = SILENT,
+    ):
         self._identity = identity
+        self._events = events
         self._tables = tables
         self._timeout = timeout_seconds
         self._peers: dict[Address, _Peer] = {}
         self._tasks: set[asyncio.Task] = set()
 
-    def fetch(self, address: Address, sink: Sink, first_token: int, num_tokens: int) -> None:
-        """Ask for the tiers of a transfer; the sink hears the rest."""
-        message = protocol.Fetch(sink.transfer_id, first_token, num_tokens)
+    def fetch(
+        self,
+        address: Address,
+        sink: Sink,
+        first_token: int,
+        num_tokens: int,
+        step_ms: float = 0.0,
+    ) -> None:
+        """Ask for the tiers of a transfer; the sink hears the rest. step_ms: see `Fetch`."""
+        message = protocol.Fetch(sink.transfer_id, first_token, num_tokens, step_ms)
         self._spawn(self._fetch(address, sink, message))
 
     async def _fetch(self, address: Address, sink: Sink, message: protocol.Fetch) -> None:
@@ -103,7 +121,7 @@ class TierClient:
     def _peer(self, address: Address) -> "_Peer":
         peer = self._peers.get(address)
         if peer is None or peer.lost:
-            peer = _Peer(address, self._identity, self._timeout, self._tables)
+            peer = _Peer(address, self._identity, self._timeout, self._tables, self._events)
             self._peers[address] = peer
             self._spawn(self._run(peer))
         return peer
@@ -135,9 +153,15 @@ class _Peer:
     """One connection and the sinks of the transfers that come over it."""
 
     def __init__(
-        self, address: Address, identity: Identity, timeout_seconds: float, tables: TablesSink
+        self,
+        address: Address,
+        identity: Identity,
+        timeout_seconds: float,
+        tables: TablesSink,
+        events: EventLog,
     ):
         self.address = address
+        self._events = events
         self.sinks: dict[str, Sink] = {}
         self.lost = False
         self._identity = identity
@@ -194,7 +218,9 @@ class _Peer:
                 elif isinstance(message, protocol.Failure):
                     if sink := self.sinks.get(message.transfer_id):
                         self.fail(sink, f"{self._name}: {message.cause}")
-                else:
+                elif isinstance(message, protocol.Prefilled):
+                    self._prefilled(message)
+                elif not isinstance(message, protocol.Prefilling):
                     raise ProtocolError(f"unexpected {type(message).__name__}")
         except (LynxError, ConnectionError) as error:
             cause = str(error)
@@ -217,11 +243,22 @@ class _Peer:
                 buffer = sink.buffer(frame)
             except TransferError as error:
                 self._give_up(connection, sink, f"{self._name}: {error}")
+        wanted = buffer is not None
         if buffer is None:  # cancelled or refused: the bytes are on their way all the same
-            await connection.receive_payload(frame, np.empty(frame.num_bytes, np.uint8))
+            buffer = np.empty(frame.num_bytes, np.uint8)
+        await connection.receive_payload(frame, buffer)
+        self._events(
+            "frame_received",
+            None,
+            frame.transfer_id,
+            tier=protocol.tier_name(frame.tier),
+            bytes=frame.num_bytes,
+            tokens_done=frame.first_token + frame.num_tokens,
+            wanted=wanted,
+        )
+        if not wanted:
             return
         assert sink is not None
-        await connection.receive_payload(frame, buffer)
         if checksum(buffer) != frame.checksum:
             self._give_up(
                 connection,
@@ -239,6 +276,15 @@ class _Peer:
             self._complete.add(frame.transfer_id)  # the watch goes on until its tables are here
         elif complete:
             self.sinks.pop(frame.transfer_id, None)
+
+    def _prefilled(self, message: protocol.Prefilled) -> None:
+        sink = self.sinks.get(message.transfer_id)
+        if sink is None:
+            return  # complete, and decoding without it, or cancelled
+        if message.cause:
+            self.fail(sink, f"{self._name}: {message.cause}")
+        else:
+            sink.prefilled(message.first_token)
 
     async def _receive_tables(self, connection: Connection, header: protocol.Tables) -> None:
         buffer = self._wanted.buffer(header)

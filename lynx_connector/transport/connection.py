@@ -54,6 +54,11 @@ class Connection:
         except Exception as error:
             raise ConnectionError(f"connection to {self.peer} lost: {error}") from None
 
+    def post(self, message: protocol.Message) -> None:
+        """Send without waiting; that the peer is gone is for the reader to find out."""
+        send = asyncio.ensure_future(self.send(message))
+        send.add_done_callback(lambda done: done.cancelled() or done.exception())
+
     async def receive(self) -> protocol.AnyMessage:
         """The next control message.
 

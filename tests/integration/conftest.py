@@ -9,7 +9,7 @@ cannot load; a second one, started where a test needs it, fails such requests.
 
 import pytest
 
-from lynx_connector.demo.cluster import Cluster, Side
+from lynx_connector.demo.cluster import Cluster, Side, free_port
 from lynx_connector.demo.link import loopback
 from lynx_connector.demo.model import ensure_model
 
@@ -38,13 +38,19 @@ def pair(model, tmp_path_factory):
         "transfer_timeout_seconds": 20,
         "tables_dir": str(folder / "tables-decode"),
     }
+    bootstrap = free_port()
     cluster = Cluster(
         model,
         folder,
         link=loopback(LINK_MBIT),
         dtype="float32",
         prefill=Side(
-            lynx={"tables_dir": str(folder / "tables-prefill"), "learn_tokens": 2048},
+            lynx={
+                "tables_dir": str(folder / "tables-prefill"),
+                "learn_tokens": 2048,
+                "plan": "fixed",
+                "bootstrap_port": bootstrap,
+            },
             vllm_args=["--max-num-batched-tokens", str(PREFILL_CHUNK), "--served-model-name", "m"],
         ),
         decode=Side(
@@ -59,7 +65,7 @@ def pair(model, tmp_path_factory):
     )
     with cluster:
         cluster.start()
-        pair = Pair(cluster)
+        pair = Pair(cluster, bootstrap)
         pair.learn()
         yield pair
 

@@ -94,8 +94,9 @@ class DecodeServer:
 class Pair(DecodeServer):
     """The session's servers."""
 
-    def __init__(self, cluster: Cluster):
+    def __init__(self, cluster: Cluster, bootstrap_port: int):
         self.cluster = cluster
+        self.bootstrap_port = bootstrap_port
         self.url = cluster.decode.url
         self.prefill_url = cluster.prefill.url
         self.events_path = cluster.events_file(Role.DECODE)
@@ -143,7 +144,7 @@ class Pair(DecodeServer):
 
     def blocking_keep(self, ids: list[int]) -> dict[str, Any]:
         """As `blocking`, leaving the refined blocks in the prefix cache."""
-        return self.lynx(ids, vllm_xargs={"lynx_start": "blocking"}, max_tokens=1)
+        return self.lynx(ids, vllm_xargs={"lynx_start": "blocking"}, max_tokens=2)
 
     def prompt_ids(self, text: str) -> list[int]:
         """The prompt's token ids."""

@@ -49,7 +49,7 @@ def test_client_of_the_prefill_gone(pair):
             body = {
                 "model": "m",
                 "prompt": text,
-                "max_tokens": 1,
+                "max_tokens": 2,  # so that it is answered at its end
                 "kv_transfer_params": PREFILL_LEG,
             }
             task = asyncio.create_task(client.post(pair.prefill_url + "/v1/completions", json=body))

@@ -56,7 +56,7 @@ def test_prompt_of_one_token(pair):
     assert tokens(answer) == tokens(plain)
 
 
-@pytest.mark.parametrize("max_tokens", [1, 2, 10])
+@pytest.mark.parametrize("max_tokens", [2, 3, 10])  # 1: test_first_token.py
 def test_max_tokens(pair, max_tokens):
     result = pair.assert_same(prompt(31), max_tokens=max_tokens, ignore_eos=True)
     assert len(tokens(result["answer"])) == max_tokens

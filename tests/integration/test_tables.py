@@ -26,6 +26,7 @@ def cold_pair(model, folder, **lynx):
     }
     learning = {
         "codec": "klt",
+        "plan": "fixed",
         "tables_dir": str(folder / "tables-prefill"),
         "learn_tokens": LEARN_TOKENS,
     }

@@ -5,7 +5,9 @@ A request with `kv_transfer_params` {"save": KEY} stores its prompt's KV under K
 {"load": KEY, ...} gets it back: after `anchor_delay` steps rounded to `bits` bits, after
 `residual_delay` steps exactly, or with `fail` instead a failed residual. Steps count from the
 allocation of the load. `fail_early` reports the failure before the anchor lands, `lose_anchor` has
-the anchor itself fail.
+the anchor itself fail. `first` is the token that the prefill has sampled: known at once, or after
+`first_delay` steps. With {"reply": "early"} it is answered early; with "unwanted" it is given up in
+the same step, with "refused" it is to end with an error.
 """
 
 from __future__ import annotations
@@ -35,6 +37,8 @@ class Load:
     fail: bool
     fail_early: bool
     lose_anchor: bool
+    first: int | None = None
+    first_delay: int = 0
     age: int = 0
     anchored: bool = False
 
@@ -50,9 +54,12 @@ class Orders(KVConnectorMetadata):
 class Report(KVConnectorWorkerMetadata):
     refined: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
+    first: list[tuple[str, int]] = field(default_factory=list)
 
     def aggregate(self, other: Report) -> Report:
-        return Report(self.refined + other.refined, self.failed + other.failed)
+        return Report(
+            self.refined + other.refined, self.failed + other.failed, self.first + other.first
+        )
 
 
 class FakePort:
@@ -66,10 +73,18 @@ class FakePort:
         self.started: list[str] = []
         self.refined: list[str] = []
         self.failed: list[tuple[str, str]] = []
+        self.first: list[tuple[str, int]] = []
         self.events: list[dict[str, Any]] = []
+
+    def draft_limit_of(self, request_id: str) -> int:
+        return self.draft_limit
 
     def take_started(self) -> list[str]:
         taken, self.started = self.started, []
+        return taken
+
+    def take_first_tokens(self) -> list[tuple[str, int]]:
+        taken, self.first = self.first, []
         return taken
 
     def take_refined(self) -> list[str]:
@@ -87,6 +102,38 @@ class FakePort:
         self.events.append({"event": name, "request": request_id, **fields})
 
 
+class FakeReplies:
+    """Implements lynx_connector.scheduler.port.EarlyReplyPort."""
+
+    def __init__(self) -> None:
+        self.waiting: dict[str, str] = {}
+        self.unwanted: list[str] = []
+        self.refused: list[str] = []
+        self.ended: dict[str, str] = {}
+
+    def add(self, request_id: str, how: str | None) -> None:
+        if how == "refused":
+            self.refused.append(request_id)
+        elif how is not None:
+            self.waiting[request_id] = how
+
+    def take_answerable(self, scheduled: Any) -> list[str]:
+        return [request_id for request_id in scheduled if request_id in self.waiting]
+
+    def reply_early(self, request: Any) -> dict[str, Any]:
+        if self.waiting.pop(request.request_id) == "unwanted":
+            self.unwanted.append(request.request_id)
+        return {"do_remote_prefill": True}
+
+    def take_unwanted(self) -> list[str]:
+        taken, self.unwanted = self.unwanted, []
+        return taken
+
+    def take_refused(self) -> list[str]:
+        taken, self.refused = self.refused, []
+        return taken
+
+
 class FakeTransferConnector(KVConnectorBase_V1):
     stored: ClassVar[dict[str, dict[str, torch.Tensor]]] = {}
 
@@ -94,6 +141,7 @@ class FakeTransferConnector(KVConnectorBase_V1):
         super().__init__(vllm_config, role, kv_cache_config)
         self._block_size = vllm_config.cache_config.block_size
         self.speculation = FakePort(self) if role == KVConnectorRole.SCHEDULER else None
+        self.early_replies = FakeReplies() if role == KVConnectorRole.SCHEDULER else None
         self._params: dict[str, dict[str, Any]] = {}
         self._orders = Orders()
         self._caches: dict[str, torch.Tensor] = {}
@@ -114,7 +162,9 @@ class FakeTransferConnector(KVConnectorBase_V1):
         return self._orders.cancels
 
     def on_new_request(self, request: Any) -> None:
-        self._params[request.request_id] = dict(request.kv_transfer_params or {})
+        params = dict(request.kv_transfer_params or {})
+        self._params[request.request_id] = params
+        self.early_replies.add(request.request_id, params.get("reply"))
 
     def get_num_new_matched_tokens(self, request: Any, computed: int) -> tuple[int, bool]:
         missing = request.num_prompt_tokens - computed
@@ -142,9 +192,14 @@ class FakeTransferConnector(KVConnectorBase_V1):
                 params.get("fail", False),
                 params.get("fail_early", False),
                 params.get("lose_anchor", False),
+                params.get("first"),
+                params.get("first_delay", 0),
             )
         )
-        self.speculation.started.append(request.request_id)
+        if not params.get("blocking"):
+            self.speculation.started.append(request.request_id)
+        if "first" in params and not params.get("first_delay"):
+            self.speculation.first.append((request.request_id, params["first"]))
 
     def build_connector_meta(self, scheduler_output: Any) -> Orders:
         orders, self._orders = self._orders, Orders()
@@ -153,11 +208,13 @@ class FakeTransferConnector(KVConnectorBase_V1):
     def update_connector_output(self, connector_output: Any) -> None:
         report = connector_output.kv_connector_worker_meta
         if report is not None:
+            self.speculation.first += report.first
             self.speculation.refined += report.refined
             self.speculation.failed += [(rid, "link lost") for rid in report.failed]
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, None]:
         params = self._params.pop(request.request_id)
+        self.early_replies.ended[request.request_id] = request.status.name
         if "save" in params:
             used = -(-request.num_prompt_tokens // self._block_size)
             self._orders.saves.append((request.request_id, params["save"], block_ids[:used]))
@@ -189,6 +246,8 @@ class FakeTransferConnector(KVConnectorBase_V1):
 
     def _step(self, load: Load) -> None:
         load.age += 1
+        if load.first_delay == load.age:
+            self._report.first.append((load.request_id, load.first))
         if load.fail_early and load.age == 1:
             self._report.failed.append(load.request_id)
         if load.lose_anchor and load.age >= load.anchor_delay:
@@ -225,7 +284,7 @@ class FakeTransferConnector(KVConnectorBase_V1):
 
     def build_connector_worker_meta(self) -> Report | None:
         report, self._report = self._report, Report()
-        return report if report.refined or report.failed else None
+        return report if report.refined or report.failed or report.first else None
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         pass

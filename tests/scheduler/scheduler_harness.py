@@ -139,8 +139,9 @@ class Harness:
             "residual_delay": residual,
             "bits": bits,
         }
-        for key in ("fail", "fail_early", "lose_anchor"):
-            transfer[key] = params.pop(key, False)
+        for key in ("fail", "fail_early", "lose_anchor", "blocking", "first", "first_delay"):
+            if key in params:
+                transfer[key] = params.pop(key)
         self.save(prompt)
         return self.add(prompt, transfer, **params)
 
@@ -211,6 +212,8 @@ class Harness:
         assert not scheduler.requests
         assert not scheduler._drafting
         assert not scheduler._restoring
+        assert not scheduler._filed
+        assert not scheduler._handed_over
         assert len(scheduler._verifier) == 0
         assert not scheduler._verifier._logprobs
         assert not scheduler.deferred_frees
@@ -226,6 +229,8 @@ class Harness:
 def main() -> None:
     flavour, model, results_path, *only = sys.argv[1:]
     prepare(flavour)
+    import early_reply_cases  # noqa: F401  registers its cases
+    import first_token_cases  # noqa: F401  registers its cases
     from scheduler_cases import CASES
 
     started = time.monotonic()

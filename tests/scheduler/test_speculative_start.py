@@ -20,6 +20,8 @@ pytest.importorskip("vllm")
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
+import early_reply_cases  # noqa: E402, F401
+import first_token_cases  # noqa: E402, F401  registers its cases
 import tiny_llama  # noqa: E402
 from scheduler_cases import CASES  # noqa: E402
 from scheduler_harness import FLAVOURS  # noqa: E402

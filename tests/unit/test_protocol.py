@@ -21,6 +21,9 @@ MESSAGES = [
     protocol.Fetch("id", 0, 4096),
     protocol.Release("id", "done"),
     protocol.Failure("id", "unknown transfer"),
+    protocol.Prefilled("id", 49151),
+    protocol.Prefilling(),
+    protocol.Prefilled("id", None, "aborted"),
     protocol.TablesRequest("0" * 32),
     protocol.Tables("0" * 32, 1 << 20, 2**64 - 1),
     protocol.NoTables("0" * 32, "unknown"),
@@ -103,7 +106,7 @@ def test_oversized_message_is_not_sent():
 
 def handoff(**changes):
     lynx = {
-        "version": 2,
+        "version": 3,
         "num_tokens": 10,
         "codec": "hadamard",
         "exact_first": 1,

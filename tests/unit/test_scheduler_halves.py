@@ -8,15 +8,19 @@ from types import SimpleNamespace
 
 import pytest
 
-from lynx_connector.config import LynxConfig
+from lynx_connector.config import LynxConfig, PlanMode
 from lynx_connector.consumer.scheduler import ConsumerScheduler
 from lynx_connector.events import EventLog
 from lynx_connector.metadata import LynxMetadata, LynxWorkerMetadata
+from lynx_connector.plan import KVShape
+from lynx_connector.plan.planner import Planner
 from lynx_connector.producer.scheduler import ProducerScheduler
-from lynx_connector.protocol import parse_handoff
+from lynx_connector.protocol import parse_handoff, prompt_digest
 
 BLOCK = 16
 NO_EVENTS = EventLog(None, "test")
+SHAPE = KVShape(30, 3, 64)
+TOKEN = 42
 
 
 class Status(enum.Enum):
@@ -25,13 +29,54 @@ class Status(enum.Enum):
     FINISHED_ABORTED = 3
 
 
+class Sampling(SimpleNamespace):
+    """The fields of vLLM's SamplingParams that the halves read."""
+
+    def __init__(self, **given):
+        super().__init__(
+            **{
+                "seed": None,
+                "temperature": 0.0,
+                "top_p": 1.0,
+                "top_k": 0,
+                "min_p": 0.0,
+                "n": 1,
+                "min_tokens": 0,
+                "all_stop_token_ids": {2},
+                "repetition_penalty": 1.0,
+                "presence_penalty": 0.0,
+                "frequency_penalty": 0.0,
+                "logit_bias": None,
+                "allowed_token_ids": None,
+                "bad_words_token_ids": None,
+                "watermarking": None,
+                "num_logprobs": None,
+                "prompt_logprobs": None,
+                "prompt_logprob_token_ids": None,
+                "structured_outputs": None,
+                "thinking_token_budget": None,
+                "trace_decode_token_ids": None,
+                "extra_args": None,
+            }
+            | given
+        )
+
+    def clone(self):
+        return Sampling(**vars(self))
+
+
 def request(name="r", prompt=100, params=None, **sampling):
-    defaults = {"seed": None, "temperature": 0.0, "extra_args": None}
     return SimpleNamespace(
         request_id=name,
         num_prompt_tokens=prompt,
         kv_transfer_params=params,
-        sampling_params=SimpleNamespace(**defaults | sampling),
+        prompt_token_ids=list(range(prompt)),
+        sampling_params=Sampling(**sampling),
+        prompt_embeds=None,
+        mm_features=[],
+        resumable=False,
+        max_tokens=1,
+        output_token_ids=[TOKEN],
         status=Status.FINISHED_LENGTH_CAPPED,
         num_output_tokens=1,
     )
@@ -51,7 +96,13 @@ def test_halves_and_states_run_without_torch():
 
 def producer(tp=1, tables=None, **config):
     half = ProducerScheduler(
-        LynxConfig(**{"codec": "klt"} | config), "engine", "10.0.0.1", tp, BLOCK, NO_EVENTS
+        settings := LynxConfig(**{"codec": "klt"} | config),
+        "engine",
+        "10.0.0.1",
+        tp,
+        BLOCK,
+        NO_EVENTS,
+        Planner(settings.plan is PlanMode.AUTO, SHAPE, "gpu"),
     )
     half.set_workers([7600 + rank for rank in range(tp)], tables or [""] * tp)
     return half
@@ -149,6 +200,7 @@ def test_switch_happens_between_requests_only():
     assert first.plan == second.plan
     filled(half, step(preempted=["r"]))
     (again,) = filled(half, step(cached=[("r", range(20, 27), 0, 100)], resumed=["r"])).encode
+    assert (again.start, again.end) == (80, 100)
     assert again.plan == first.plan
     assert parse_handoff(half.finish(one)[1]).lynx.tables == [OLD]
     assert run(half, "next")[1].tables == [NEW]
@@ -162,6 +214,33 @@ def test_all_ranks_need_tables_before_any_request_uses_them():
     assert run(half, "b")[1].tables == [OLD, NEW]
     half.update(LynxWorkerMetadata(tables={0: OTHER}))
     assert run(half, "c")[1].tables == [OTHER, NEW]
+
+
+def test_a_plain_copy_once_the_link_is_known_to_be_fast():
+    half = producer(plan="auto", tables=[OLD], final_tier="exact")
+    assert run(half, "first")[0].codec == "klt"  # nothing is measured yet
+    half.update(LynxWorkerMetadata(link_mbit={0: 200_000.0}, step_ms={0: 30.0}))
+    plan, lynx = run(half, "second")
+    assert (plan.codec, plan.tables, plan.final_tier) == ("bf16", (), "exact")
+    assert (lynx.codec, lynx.tables, lynx.draft_limit) == ("bf16", [], 0)
+    half.update(LynxWorkerMetadata(link_mbit={0: 20.0}))
+    plan, lynx = run(half, "third")
+    assert (plan.codec, plan.tables, plan.final_tier) == ("klt", (OLD,), "exact")
+    assert lynx.anchor_bits == plan.anchor_bits
+    assert 1 <= lynx.draft_limit <= 64
+
+
+def test_the_slowest_rank_decides():
+    half = producer(tp=2, codec="hadamard", plan="auto")
+    reports = LynxWorkerMetadata(link_mbit={0: 200_000.0})
+    half.update(reports.aggregate(LynxWorkerMetadata(link_mbit={1: 1.0})))
+    assert run(half, "r")[0].codec == "hadamard"
+
+
+def test_fixed_plans_follow_the_configuration_on_any_link():
+    half = producer(codec="hadamard", plan="fixed")
+    half.update(LynxWorkerMetadata(link_mbit={0: 1e6}))
+    assert run(half, "r")[0].codec == "hadamard"
 
 
 def test_tokens_of_the_prefix_cache_are_marked_as_seen():
@@ -191,13 +270,15 @@ def test_prefill_aborted_before_its_first_step_holds_nothing():
     assert half.finish(aborted) == (False, None)
 
 
-def test_preempted_prefill_starts_over():
+def test_preempted_prefill_encodes_no_token_twice():
+    """A consumer may hold the first encoding; a second one rounds otherwise."""
     half = producer()
     half.add(request(params=PREFILL))
     filled(half, step(new=[("r", range(4), 0, 50)]))
     assert filled(half, step(preempted=["r"])).preempted == {"r"}
-    again = filled(half, step(cached=[("r", range(20, 27), 0, 100)], resumed=["r"])).encode
-    assert [(c.start, c.end, c.block_ids) for c in again] == [(0, 100, list(range(20, 27)))]
+    assert not filled(half, step(cached=[("r", range(20, 22), 0, 32)], resumed=["r"])).encode
+    (chunk,) = filled(half, step(cached=[("r", range(22, 27), 32, 68)])).encode
+    assert (chunk.start, chunk.end, chunk.block_ids) == (50, 100, [23, 24, 25, 26])
 
 
 def test_ordinary_requests_are_left_alone():
@@ -214,7 +295,7 @@ def test_ordinary_requests_are_left_alone():
 
 def handoff(**lynx):
     ours = {
-        "version": 2,
+        "version": 3,
         "num_tokens": 100,
         "codec": "hadamard",
         "exact_first": 1,
@@ -233,8 +314,10 @@ def handoff(**lynx):
     }
 
 
-def consumer(speculative=True, recompute=True, tp=1, seeds=False):
-    return ConsumerScheduler(LynxConfig(), speculative, seeds, recompute, tp, BLOCK, NO_EVENTS)
+def consumer(speculative=True, recompute=True, tp=1, seeds=False, waiting=1000, **config):
+    return ConsumerScheduler(
+        LynxConfig(**config), speculative, seeds, recompute, tp, BLOCK, NO_EVENTS, waiting
+    )
 
 
 def blocks(count):
@@ -245,7 +328,7 @@ def admit(half, one, local=0):
     count, asynchronous = half.match(one, local)
     half.allocated(one, blocks(7), count)
     metadata = LynxMetadata()
-    half.fill(metadata)
+    half.fill(metadata, {})
     return count, asynchronous, metadata
 
 
@@ -257,6 +340,15 @@ def test_load_carries_what_the_handoff_says_of_codec_and_tables():
     (load,) = admit(half, one)[2].loads
     assert (load.codec, load.anchor_bits, load.final_tier) == ("klt", 3, "exact")
     assert load.tables == [OLD, NEW]
+
+
+def test_draft_limit_is_the_lower_of_ours_and_the_producers():
+    half = consumer()
+    for name, hint in (("none", 0), ("low", 5), ("high", 900)):
+        one = request(name, params=handoff(draft_limit=hint) | {"remote_request_id": name})
+        half.add(one)
+    limits = [half.draft_limit_of(name) for name in ("none", "low", "high", "stranger")]
+    assert limits == [64, 5, 64, 64]
 
 
 def test_load_starts_behind_the_local_prefix():
@@ -341,7 +433,7 @@ def test_request_that_ends_before_its_load_releases_the_producer():
     half.add(one)
     half.finish(one)
     metadata = LynxMetadata()
-    half.fill(metadata)
+    half.fill(metadata, {})
     assert [release.transfer_id for release in metadata.releases] == ["t"]
     assert half.num_decodes == 0
 
@@ -362,7 +454,7 @@ def test_abort_cancels_what_is_under_way_and_only_that():
     admit(half, one)
     half.finish(one)
     metadata = LynxMetadata()
-    half.fill(metadata)
+    half.fill(metadata, {})
     assert [name for name, _ in metadata.cancelled] == ["r"]
 
     done = request("done", params=handoff())
@@ -371,7 +463,7 @@ def test_abort_cancels_what_is_under_way_and_only_that():
     half.update(LynxWorkerMetadata(refined={"done": 1}))
     half.finish(done)
     metadata = LynxMetadata()
-    half.fill(metadata)
+    half.fill(metadata, {})
     assert metadata.cancelled == []
 
 
@@ -382,3 +474,124 @@ def test_reports_of_ranks_add_up():
     assert not LynxWorkerMetadata()
     assert both.refined == {"a": 2, "c": 1}
     assert both.failed == {"b": "x"}
+
+
+# ---- early reply ------------------------------------------------------------------------------
+
+
+def running(half, name="r", **fields):
+    """A prefill of 100 tokens whose first 50 are computed."""
+    one = request(name, params=PREFILL)
+    vars(one).update(fields)
+    half.add(one)
+    filled(half, step(new=[(name, range(4), 0, 50)]))
+    return one
+
+
+def ended(half, one, status=Status.FINISHED_LENGTH_CAPPED):
+    if status is Status.FINISHED_LENGTH_CAPPED:
+        filled(half, step(cached=[(one.request_id, range(4, 7), 50, 50)]))
+    one.status = status
+    delay, reply = half.finish(one)
+    return delay, reply, filled(half, step())
+
+
+def test_a_prefill_is_answered_once_after_its_first_step():
+    half = producer()
+    one = request(params=PREFILL)
+    half.add(one)
+    assert half.take_answerable(["r"]) == []  # not scheduled: no worker knows its transfer
+    filled(half, step(new=[("r", range(4), 0, 50)]))
+    assert half.take_answerable(["other", "r"]) == ["r"]
+    reply = half.reply_early(one)
+    assert half.take_answerable(["r"]) == []
+    lynx = parse_handoff(reply).lynx
+    assert (lynx.early, lynx.num_tokens, lynx.prompt) == (True, 100, prompt_digest(range(100)))
+
+
+def test_the_end_of_an_answered_prefill_goes_to_its_consumer():
+    half = producer()
+    one = running(half)
+    half.reply_early(one)
+    delay, reply, metadata = ended(half, one)
+    assert (delay, reply, metadata.dropped) == (True, None, [])
+    (outcome,) = metadata.outcomes
+    assert (outcome.request_id, outcome.cause) == ("r", "")
+    assert filled(half, step()).outcomes == []
+
+
+def test_the_failure_of_an_answered_prefill_goes_to_its_consumer():
+    half = producer()
+    one = running(half)
+    half.reply_early(one)
+    delay, reply, metadata = ended(half, one, Status.FINISHED_ABORTED)
+    assert (delay, reply) == (True, None)
+    (outcome,) = metadata.outcomes
+    assert "FINISHED_ABORTED" in outcome.cause
+    assert outcome.first_token is None
+
+
+@pytest.mark.parametrize("fields", [{"max_tokens": 2}, {"resumable": True}])
+def test_requests_with_more_to_say_are_answered_at_their_end(fields):
+    half = producer()
+    one = running(half, **fields)
+    assert half.reply_early(one) is None
+    _, reply, metadata = ended(half, one)
+    assert not parse_handoff(reply).lynx.early
+    assert not metadata.outcomes
+
+
+def test_early_reply_can_be_switched_off():
+    half = producer(early_reply=False)
+    one = running(half)
+    assert half.take_answerable(["r"]) == []
+    assert not parse_handoff(ended(half, one)[1]).lynx.early
+
+
+def test_only_answered_prefills_are_given_up_when_their_transfer_is_released():
+    half = producer()
+    answered, waiting = running(half, "a"), running(half, "b")
+    half.reply_early(answered)
+    half.update(LynxWorkerMetadata(unwanted={"a", "b", "gone"}))
+    assert half.take_unwanted() == ["a"]
+    assert half.take_unwanted() == []
+    assert parse_handoff(ended(half, waiting)[1])
+
+
+def test_blocks_of_requests_that_wait_for_a_prefill_are_bounded():
+    """Of 100 tokens each, 250 may be held: the third waits, and the fourth behind it."""
+    half = consumer(waiting=250)
+    names = ["a", "b", "c", "d"]
+    ones = [request(n, params=handoff(early=True) | {"remote_request_id": n}) for n in names]
+    for one in ones:
+        half.add(one)
+    assert [admit(half, one)[0] for one in ones[:2]] == [100, 100]
+    assert [half.match(one, 0) for one in ones[2:]] == [(None, False)] * 2
+    half.received({"a"})
+    assert half.match(ones[3], 0) == (None, False)  # not before its turn
+    assert admit(half, ones[2])[0] == 100
+    half.finish(ones[1])
+    assert admit(half, ones[3])[0] == 100
+
+
+def test_requests_whose_prefill_is_over_are_not_counted():
+    half = consumer(waiting=100)
+    for name in ("a", "b", "c"):
+        one = request(name, params=handoff() | {"remote_request_id": name})
+        half.add(one)
+        assert admit(half, one)[0] == 100
+
+
+def test_a_prompt_larger_than_the_bound_enters_alone():
+    half = consumer(waiting=10)
+    one = request(params=handoff(early=True))
+    half.add(one)
+    assert admit(half, one)[0] == 100
+
+
+def test_another_prompt_of_the_same_length_is_refused():
+    half = consumer()
+    one = request(params=handoff(prompt=prompt_digest([1] * 100)))
+    half.add(one)
+    assert admit(half, one)[0] == 0
+    assert half._decodes["r"].failure.startswith("prefill computed another prompt")

@@ -26,7 +26,7 @@ def scheduler(*arguments: str, cpu: bool) -> str:
     return built[built.index("--scheduler-cls") + 1].rpartition(".")[2]
 
 
-def test_prefill_gets_the_connector_and_no_scheduler():
+def test_prefill_gets_the_connector_and_the_scheduler():
     assert command(Role.PREFILL) == [
         "/bin/vllm",
         "serve",
@@ -35,6 +35,8 @@ def test_prefill_gets_the_connector_and_no_scheduler():
         "LynxConnector",
         f"{KV}.kv_role",
         "kv_producer",
+        "--scheduler-cls",
+        "lynx_connector.scheduler.LynxScheduler",
     ]
 
 
@@ -80,7 +82,8 @@ def test_a_scheduler_of_the_user_wins(given):
 @pytest.mark.parametrize("flag", [KV, "--kv_transfer_config"])
 def test_a_whole_kv_transfer_config_of_the_user_wins(flag):
     built = command(Role.PREFILL, flag, "{}")
-    assert built == ["/bin/vllm", "serve", "model", flag, "{}"]
+    assert f"{KV}.kv_connector" not in built
+    assert built[-2:] == [flag, "{}"]
 
 
 def test_one_dotted_key_of_the_user_leaves_the_others():

@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from lynx_connector.demo.client import RequestError, stream_chat
+from lynx_connector.demo.client import RequestError, stream_chat, stream_completion
 
 
 class Scripted(ThreadingHTTPServer):
@@ -81,3 +81,11 @@ def test_a_stream_that_breaks_off_is_an_error(server: Scripted):
 def test_a_server_that_is_not_there_is_named():
     with pytest.raises(RequestError, match=r"127\.0\.0\.1:9"):
         stream_chat("http://127.0.0.1:9", {}, timeout=5)
+
+
+def test_completions_stream_like_chats(server):
+    chunk = {"choices": [{"text": "a lynx", "token_ids": [5, 6], "finish_reason": "length"}]}
+    server.body = f"data: {json.dumps(chunk)}\n\ndata: [DONE]\n\n".encode()
+    answer = stream_completion(f"http://127.0.0.1:{server.server_port}", {"prompt": [1]})
+    assert (answer.text, answer.token_ids, answer.finish_reason) == ("a lynx", [5, 6], "length")
+    assert server.seen == {"prompt": [1], "stream": True, "return_token_ids": True}

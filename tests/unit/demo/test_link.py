@@ -9,7 +9,15 @@ import time
 import pytest
 
 from lynx_connector.demo import link as link_module
-from lynx_connector.demo.link import LinkError, loopback, netns_obstacle, open_link
+from lynx_connector.demo.link import (
+    Link,
+    LinkError,
+    carried_bytes,
+    loopback,
+    netns_obstacle,
+    open_link,
+    set_rate,
+)
 
 OBSTACLE = netns_obstacle()
 
@@ -46,21 +54,38 @@ def my_leftovers() -> list[str]:
     return [line for text in shown for line in text.splitlines() if line.startswith(mine)]
 
 
+def seconds_to_send(link: Link, size: int) -> float:
+    """How long `size` bytes take from the prefill's site to the decode's."""
+    command = [*link.prefill.prefix, sys.executable, "-c", SENDER, link.prefill.kv_host]
+    with subprocess.Popen([*command, str(size)], stdout=subprocess.PIPE, text=True) as sender:
+        assert sender.stdout.readline() == "listening\n"
+        receiver = [*link.decode.prefix, sys.executable, "-c", RECEIVER, link.prefill.kv_host]
+        started = time.monotonic()
+        subprocess.run(receiver, check=True)
+        return time.monotonic() - started
+
+
 @needs_root
 def test_the_link_keeps_its_rate():
     size = 5_000_000
     with open_link(100) as link:
         assert (link.kind, link.sender_mbit) == ("netns", 0)
-        command = [*link.prefill.prefix, sys.executable, "-c", SENDER, link.prefill.kv_host]
-        with subprocess.Popen([*command, str(size)], stdout=subprocess.PIPE, text=True) as sender:
-            assert sender.stdout.readline() == "listening\n"
-            receiver = [*link.decode.prefix, sys.executable, "-c", RECEIVER, link.prefill.kv_host]
-            started = time.monotonic()
-            subprocess.run(receiver, check=True)
-            seconds = time.monotonic() - started
+        seconds = seconds_to_send(link, size)
     # Never faster than the link but for its burst, and not so slow that it would not be the link.
     assert 0.9 * size * 8 / 100e6 < seconds < 5 * size * 8 / 100e6
     assert my_leftovers() == []
+
+
+@needs_root
+def test_the_rate_changes_while_the_link_is_open_and_its_bytes_are_counted():
+    size = 3_000_000
+    with open_link(0) as link:
+        before = carried_bytes(link)
+        set_rate(link, 20)
+        assert seconds_to_send(link, size) > 0.9 * size * 8 / 20e6
+        assert size < carried_bytes(link) - before < 1.2 * size
+        set_rate(link, 0)
+        assert seconds_to_send(link, size) < 0.5 * size * 8 / 20e6
 
 
 @needs_root

@@ -23,7 +23,7 @@ def speculative_events(begin: float = 100.0):
     wire = {"anchor": 4125, "residual": 4000}
     return [
         event(begin, "prefill_started", prompt_tokens=10),
-        event(begin + 8, "handoff"),
+        event(begin + 8, "prefilled"),
         event(begin + 8.1, "admitted", prompt_tokens=10, local_tokens=0, start="speculative"),
         event(begin + 9, "anchor_landed", wire_bytes={"anchor": 4125, "residual": 0}),
         event(begin + 9.1, "drafting"),
@@ -38,7 +38,7 @@ def blocking_events(begin: float = 200.0):
     return [
         {**entry, "transfer": "b"}
         for entry in speculative_events(begin)
-        if entry["event"] in ("prefill_started", "handoff", "admitted", "refined", "finished")
+        if entry["event"] in ("prefill_started", "prefilled", "admitted", "refined", "finished")
     ]
 
 
@@ -59,7 +59,7 @@ def test_a_line_that_is_still_being_written_waits(tmp_path: Path):
     file = tmp_path / "events.jsonl"
     tail = EventTail([file, tmp_path / "absent.jsonl"])
     assert tail.poll() == []
-    first, second = (json.dumps(event(t, "handoff")) for t in (1, 2))
+    first, second = (json.dumps(event(t, "prefilled")) for t in (1, 2))
     file.write_text(first + "\n" + second[:10])
     assert [e["t"] for e in tail.poll()] == [1]
     with file.open("a") as stream:
@@ -120,7 +120,7 @@ def test_one_differing_token_is_seen():
     assert report["same_tokens_as_blocking"] is False
 
 
-@pytest.mark.parametrize("missing", ["handoff", "anchor_landed", "refined", "verified"])
+@pytest.mark.parametrize("missing", ["prefilled", "anchor_landed", "refined", "verified"])
 def test_a_run_without_speculative_start_is_not_reported(missing: str):
     lynx, blocking = trace_pair()
     lynx.events = [e for e in lynx.events if e["event"] != missing]

@@ -97,6 +97,34 @@ def test_drafts_are_never_more_than_can_be_emitted(
     assert not terminal & set(drafting.drafts[:-1])
 
 
+@given(st.integers(0, 6), st.integers(2, 6), st.integers(2, 6))
+def test_a_confirmed_token_leaves_room_for_one_draft_less(
+    draft_limit: int, max_tokens: int, context_left: int
+) -> None:
+    bounds = {"max_tokens": max_tokens - 1, "context_left": context_left - 1}
+    drafting = Drafting.start(
+        draft_limit=draft_limit, max_tokens=max_tokens, context_left=context_left, terminal={2}
+    )
+    drafting.refined = True
+    drafting.confirm(draft_limit=draft_limit, **bounds)
+    fresh = Drafting.start(draft_limit=draft_limit, **bounds, terminal={2})
+    assert (drafting.limit, drafting.limit_reason) == (fresh.limit, fresh.limit_reason)
+    assert (drafting.confirmed, drafting.refined, drafting.terminal) == (1, True, {2})
+
+
+def test_confirming_keeps_a_grammar_from_drafting() -> None:
+    drafting = Drafting.start(draft_limit=8, max_tokens=9, context_left=9, may_draft=False)
+    drafting.confirm(draft_limit=8, max_tokens=8, context_left=8)
+    assert drafting.append(1) is PauseReason.GRAMMAR
+
+
+def test_drafts_are_not_confirmed_unverified() -> None:
+    drafting = Drafting.start(draft_limit=8, max_tokens=9, context_left=9)
+    drafting.append(1)
+    with pytest.raises(RuntimeError):
+        drafting.confirm(draft_limit=8, max_tokens=8, context_left=8)
+
+
 # ---- verifying
 
 

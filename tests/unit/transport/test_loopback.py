@@ -14,6 +14,7 @@ from lynx_connector.consumer.inbound import InboundTransfer
 from lynx_connector.events import EventLog
 from lynx_connector.metadata import LoadRequest
 from lynx_connector.producer.staging import StagedTransfer, StagingStore
+from lynx_connector.protocol import Prefilled
 from lynx_connector.transfer import TierBuffers, TokenRange, plan_pieces
 from lynx_connector.transport.client import TierClient
 from lynx_connector.transport.handshake import Identity
@@ -245,9 +246,9 @@ def test_secrets(loop, producer, consumer, cause):
 
 
 def test_corrupt_frame_is_caught(pair, monkeypatch):
-    from lynx_connector.transport import server
+    from lynx_connector.transport import sources
 
-    monkeypatch.setattr(server, "checksum", lambda payload: 7)
+    monkeypatch.setattr(sources, "checksum", lambda payload: 7)
     pair.stage()
     inbound = pair.fetch()
     until(lambda: inbound.failure)
@@ -311,3 +312,54 @@ def test_decoded_cache_equals_a_local_round_trip(pair):
         piece.codec.decode(rows, target, inbound.slots_for(piece.tokens))
     for layer in range(2):
         assert torch.equal(target.gather(layer, slots), local.gather(layer, slots))
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_first_token_reaches_the_consumer_whenever_it_comes(pair, before):
+    staged = pair.stage(encoded=40)
+
+    def settle():
+        pair.store.settle(Prefilled("t", 42))
+        pair.loop.post(pair.server.notify)
+
+    if before:
+        settle()
+    inbound = pair.fetch()
+    until(lambda: drain(inbound))
+    if not before:
+        assert inbound.take_first_token() is None
+        settle()
+    tokens = []
+    until(lambda: tokens.append(inbound.take_first_token()) or tokens[-1] is not None)
+    assert tokens[-1] == 42 and inbound.take_first_token() is None
+    staged.encoded = TOKENS
+    pair.loop.post(pair.server.notify)
+    receive(inbound)
+    assert inbound.refined
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_prefill_that_fails_after_its_reply_fails_the_transfer_with_its_cause(pair, before):
+    pair.stage(encoded=40)
+
+    def settle():
+        pair.store.settle(Prefilled("t", None, "prefill was aborted"))
+        pair.loop.post(pair.server.notify)
+
+    if before:
+        settle()
+    inbound = pair.fetch()
+    if not before:
+        until(lambda: drain(inbound))
+        settle()
+    until(lambda: inbound.failure)
+    assert "prefill was aborted" in inbound.failure
+    assert pair.store.used_bytes == 0
+    until(lambda: pair.client.num_transfers == 0)
+
+
+def test_prefill_that_failed_before_it_was_staged_leaves_its_cause(pair):
+    pair.store.settle(Prefilled("never", None, "prefill was aborted"))
+    inbound = pair.fetch("never")
+    until(lambda: inbound.failure)
+    assert "prefill was aborted" in inbound.failure

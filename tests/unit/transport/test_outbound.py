@@ -77,7 +77,7 @@ def test_all_bytes_arrive_in_an_order_that_can_be_decoded(seed, first, frame_byt
     sent = prefill.transfer
     streams, coarser = [], None
     for tier in sent.buffers.tiers:
-        coarser = TierStream(sent, tier, first, frame_bytes, 0, coarser)
+        coarser = TierStream(sent, tier, first, coarser)
         streams.append(coarser)
     budget = StagingBudget(1 << 30)
     load = LoadRequest("r", "t", "h", [], "hadamard", 1, 16, TOKENS, first, [], True)
@@ -91,7 +91,7 @@ def test_all_bytes_arrive_in_an_order_that_can_be_decoded(seed, first, frame_byt
             prefill.encode(chunk)
             continue
         stream = ready[rng.integers(len(ready))]
-        complete = receive(inbound, stream, stream.take())
+        complete = receive(inbound, stream, stream.take(frame_bytes))
         while rows := inbound.take_landed():
             inbound.mark_written(rows)
             if rows.exact is not None:

@@ -4,6 +4,7 @@
 import numpy as np
 import pytest
 
+from lynx_connector.events import SILENT
 from lynx_connector.producer.learning import FIRST_TABLES_TOKENS, OnlineLearning
 
 from .worker_pair import COMPAT, geometry, learned, noise_cache
@@ -38,6 +39,7 @@ def fed(learn_tokens, learned_tokens=0, chunk=500, chunks=40, **options):
         learned_tokens,
         lambda tables: None,
         lambda tables, tokens: published.append(tokens),
+        SILENT,
     )
     for i in range(chunks):
         learning.observe(None, np.arange(chunk), i * chunk)

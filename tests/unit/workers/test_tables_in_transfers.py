@@ -11,7 +11,7 @@ from lynx_connector.codec import CodecError, get_codec
 from lynx_connector.codec.table_store import TableStore, store_tables
 from lynx_connector.codec_cache import CodecCache
 from lynx_connector.consumer.tables import ConsumerTables
-from lynx_connector.transport import server as server_module
+from lynx_connector.transport import sources
 
 from .worker_pair import COMPAT, changed, geometry, learned, noise_cache, until, values
 
@@ -155,7 +155,7 @@ def send_encoded(producer, consumer, name, plan):
 
 
 def test_corrupt_payload_is_asked_for_once_more(warm, consumer, tables, monkeypatch):
-    whole, calls = server_module.checksum, []
+    whole, calls = sources.checksum, []
 
     def checksum(payload):
         if payload.nbytes == len(tables.to_bytes()):
@@ -163,7 +163,7 @@ def test_corrupt_payload_is_asked_for_once_more(warm, consumer, tables, monkeypa
             return whole(payload) if len(calls) > 1 else 7
         return whole(payload)
 
-    monkeypatch.setattr(server_module, "checksum", checksum)
+    monkeypatch.setattr(sources, "checksum", checksum)
     assert send(warm, consumer(), "r", warm.plan("klt", [tables.digest])) is None
     assert len(calls) == 2
 
@@ -180,7 +180,7 @@ def test_tables_that_never_come(warm, consumer, tables, monkeypatch):
     async def nothing(self, digest, window):
         pass
 
-    monkeypatch.setattr(server_module._Session, "_send_tables", nothing)
+    monkeypatch.setattr(sources.TablesSource, "take", nothing)
     one = consumer(transfer_timeout_seconds=1)
     cause = send(warm, one, "r", warm.plan("klt", [tables.digest]))
     assert "silent" in cause or "not sent within" in cause
@@ -191,7 +191,7 @@ def test_cancelled_while_waiting_for_tables(warm, consumer, tables, monkeypatch)
     async def nothing(self, digest, window):
         pass
 
-    monkeypatch.setattr(server_module._Session, "_send_tables", nothing)
+    monkeypatch.setattr(sources.TablesSource, "take", nothing)
     one, plan = consumer(), warm.plan("klt", [tables.digest])
     warm.prefill("r", TOKENS, plan)
     one.step(loads=[warm.load("r", TOKENS, plan)])

@@ -159,6 +159,7 @@ class Consumer:
         self.worker = ConsumerWorker(self.context)
         self.events = self.context.events
         self.refined, self.failed, self.received = set(), {}, set()
+        self.first_tokens = {}
 
     def step(self, **metadata):
         self.worker.apply_cancellations(LynxMetadata(**metadata))
@@ -167,6 +168,7 @@ class Consumer:
         report = self.worker.take_report()
         self.received |= finished
         self.refined |= set(report.refined)
+        self.first_tokens |= report.first_tokens
         self.failed |= report.failed | dict.fromkeys(failed, "before its anchor")
 
     def fetch(self, load):

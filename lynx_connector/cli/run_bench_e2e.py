@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`lynx bench e2e`: every mode on real servers, as tables, picture and JSON."""
+
+from __future__ import annotations
+
+import json
+import signal
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+
+import httpx
+import typer
+from rich.console import Console
+
+from lynx_connector.bench.e2e.cells import QUICK_NOTE, Block
+from lynx_connector.bench.e2e.goals import outcomes
+from lynx_connector.bench.e2e.report import goals_table, machine_name, result_tables, save_png
+from lynx_connector.bench.e2e.rows import to_report
+from lynx_connector.bench.e2e.runner import Bench, Options
+from lynx_connector.bench.errors import BenchError
+from lynx_connector.cli.run_bench_codec import progress_bar
+from lynx_connector.demo.client import RequestError
+from lynx_connector.demo.link import LinkError
+from lynx_connector.demo.model import ModelError
+from lynx_connector.demo.process import ServerError
+
+_INTERRUPTED = 130
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What a user picked; None where all values are meant."""
+
+    modes: list[str] | None
+    links: list[float] | None
+    prompts: list[int] | None
+    prefills: list[str] | None
+    concurrencies: list[int] | None
+    repeats: int | None
+
+    def block(self) -> Block:
+        """The combinations to measure."""
+        picked = {k: v for k, v in asdict(self).items() if v is not None and k != "modes"}
+        return Block(**picked)
+
+    @property
+    def anything(self) -> bool:
+        """Whether there is any choice."""
+        return any(value is not None for value in asdict(self).values())
+
+
+def run(
+    json_path: Path,
+    png: Path | None,
+    quick: bool,
+    model: str | None,
+    dtype: str,
+    chosen: Chosen,
+    logs: Path,
+    namespaces: bool,
+) -> None:
+    """Measure and show. Exit status 2 for bad input, 1 where a server or request failed.
+
+    What was measured before a failure is written all the same.
+    """
+    console = Console()
+    if not console.is_terminal:  # a file has no width of its own
+        console.width = 120
+    # A closed terminal and a plain kill clean up as Ctrl-C does.
+    for name in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(name, _interrupt)
+    bench, status = None, 0
+    try:
+        if quick and chosen.anything:
+            raise BenchError("--quick has its own choice of modes, links and prompts")
+        for file in filter(None, (json_path, png)):
+            if not file.parent.is_dir():
+                raise BenchError(f"{file}: no such folder")
+        options = Options(logs, model, dtype, chosen.modes or (), chosen.block(), quick, namespaces)
+        with progress_bar() as bar:
+            task = bar.add_task("", total=None)
+            bench = Bench(
+                options,
+                lambda line: bar.console.print(line, highlight=False, soft_wrap=True),
+                lambda what, done, total: bar.update(
+                    task, completed=done, total=total, description=what
+                ),
+            )
+            bench.run()
+    except BenchError as error:
+        _tell(str(error))
+        status = 2
+    except (
+        FileNotFoundError,
+        LinkError,
+        ModelError,
+        OSError,
+        RequestError,
+        ServerError,
+        httpx.HTTPError,
+    ) as error:
+        _tell(f"{error}\nlogs: {logs}")
+        status = 1
+    except KeyboardInterrupt:
+        _tell("stopped; servers and link are removed")
+        status = _INTERRUPTED
+    if bench is not None and bench.rows:
+        _show(bench, console, json_path, png, QUICK_NOTE if quick else "")
+    if status:
+        raise typer.Exit(status)
+
+
+def _show(bench: Bench, console: Console, json_path: Path, png: Path | None, note: str) -> None:
+    machine, model = machine_name(), Path(bench.model).name
+    json_path.write_text(json.dumps(to_report(machine, model, bench.rows), indent=1) + "\n")
+    if png is not None:
+        save_png(bench.rows, png, f"{model} on {machine}")
+    console.print(f"{model} on {machine}", highlight=False, soft_wrap=True)
+    console.print("Milliseconds after the prefill is complete: median (worst).\n")
+    for table in result_tables(bench.rows):
+        console.print(table)
+    for line in filter(None, [note, *bench.notes]):
+        console.print(line, highlight=False, soft_wrap=True)
+    console.print(goals_table(outcomes(bench.rows)))
+    written = ", ".join(str(file) for file in (json_path, png) if file)
+    console.print(f"written: {written}", highlight=False, soft_wrap=True)
+
+
+def _tell(message: str) -> None:
+    typer.secho(f"lynx bench e2e: {message}", fg="red", err=True)
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

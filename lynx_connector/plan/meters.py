@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The decode instance's step time, as seen by its scheduler."""
+
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+
+STEPS = 32
+
+
+class StepMeter:
+    """Median time of the recent decode steps.
+
+    Only a step in which every request computes one token counts, and only if one of its requests
+    goes on in the next step: otherwise the instance may have been idle in between. The median,
+    since one stalled step must not change a plan.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic):
+        self._clock = clock
+        self._last: tuple[float, frozenset[str]] | None = None
+        self._seconds: deque[float] = deque(maxlen=STEPS)
+
+    def step(self, scheduled: Mapping[str, int]) -> None:
+        """A step begins: tokens to compute by request."""
+        now = self._clock()
+        if self._last is not None and not self._last[1].isdisjoint(scheduled):
+            self._seconds.append(now - self._last[0])
+        decodes = scheduled and all(tokens == 1 for tokens in scheduled.values())
+        self._last = (now, frozenset(scheduled)) if decodes else None
+
+    @property
+    def step_ms(self) -> float:
+        """Milliseconds; 0 while fewer than 4 steps were seen."""
+        return 1e3 * statistics.median(self._seconds) if len(self._seconds) >= 4 else 0.0

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The prefill instance's planner: what its workers measured, and the plan of each request."""
+
+import logging
+from collections.abc import Mapping
+
+from lynx_connector.plan.policy import Choice, Measured, Wanted, choose, configured
+from lynx_connector.plan.shape import KVShape
+
+logger = logging.getLogger("vllm.lynx.plan")
+
+
+class Planner:
+    """Decides how the KV of a request travels.
+
+    auto: plan by what was measured, else always as configured. shape: of one worker's cache.
+    device: "cpu" or "gpu", where codecs run. limit_mbit: rate limit of the sender; 0: none.
+    """
+
+    def __init__(self, auto: bool, shape: KVShape, device: str, limit_mbit: float = 0.0):
+        self._auto = auto
+        self._shape = shape
+        self._device = device
+        self._limit = limit_mbit
+        self._link_mbit: dict[int, float] = {}
+        self._step_ms: dict[int, float] = {}
+
+    def update(self, link_mbit: Mapping[int, float], step_ms: Mapping[int, float]) -> None:
+        """What workers measured, by rank."""
+        self._link_mbit.update(link_mbit)
+        self._step_ms.update(step_ms)
+
+    @property
+    def measured(self) -> Measured:
+        """Rate of the slowest rank's link, and the decode instance's step time."""
+        link = min(self._link_mbit.values(), default=None)
+        if link is not None and self._limit:
+            link = min(link, self._limit)
+        return Measured(link, max(self._step_ms.values(), default=None))
+
+    def plan(self, request_id: str, wanted: Wanted, tokens: int, in_flight: int) -> Choice:
+        """The plan of a request of `tokens` tokens, one of `in_flight` that share the link."""
+        if self._auto:
+            choice = choose(
+                wanted,
+                self._shape,
+                tokens,
+                self.measured,
+                in_flight=in_flight,
+                device=self._device,
+            )
+        else:
+            choice = configured(wanted, self._shape, "plan: fixed")
+        logger.info("lynx: request %s: plan %s: %s", request_id, choice.name, choice.why)
+        return choice
