@@ -10,6 +10,7 @@ gather and one scatter serve every backend.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -137,9 +138,10 @@ class PagedKVCache:
             torch.as_strided(cache.detach(), (extent,), (1,), cache.storage_offset())
             for cache in caches.values()
         ]
-        self._torch_index = torch.from_numpy(np.stack([index.k_index, index.v_index])).to(
+        self.device_index = torch.from_numpy(np.stack([index.k_index, index.v_index])).to(
             self.device
         )
+        """The page index on the cache's device: int64 [2, N, D], K first."""
 
     @property
     def num_layers(self) -> int:
@@ -148,6 +150,26 @@ class PagedKVCache:
     @property
     def num_slots(self) -> int:
         return self.num_blocks * self.block_size
+
+    @functools.cached_property
+    def layer_addresses(self) -> torch.Tensor:
+        """Address of element 0 of every layer: int64 [L] on the cache's device."""
+        return torch.tensor([flat.data_ptr() for flat in self._flat], device=self.device)
+
+    @functools.cached_property
+    def addresses_aligned(self) -> bool:
+        """Whether all `layer_addresses` are multiples of 16 bytes."""
+        return all(flat.data_ptr() % 16 == 0 for flat in self._flat)
+
+    @functools.cached_property
+    def row_stride(self) -> int:
+        """Elements from token to token where pages are rows `[K | V]` without gaps inside a row
+        (FlashAttention's); 0 for any other order."""
+        k, v = self.index.k_index, self.index.v_index
+        stride = int(k[1, 0] - k[0, 0]) if self.block_size > 1 else 2 * self.head_dim
+        rows = np.arange(self.block_size)[:, None] * stride + np.arange(self.head_dim)
+        in_rows = np.array_equal(k, rows) and np.array_equal(v, rows + self.head_dim)
+        return stride if in_rows else 0
 
     def bits(self, layer: int) -> NDArray[np.unsignedinteger]:
         """The layer's storage as a flat writable numpy view: uint16 (16-bit dtypes) or uint32.
@@ -216,7 +238,7 @@ class PagedKVCache:
         kv, head = divmod(rest, self.num_kv_heads)
         block, offset = divmod(slot, self.block_size)
         page = block * self.stride_block + head * self.stride_head
-        return layer, self._torch_index[kv, offset] + page
+        return layer, self.device_index[kv, offset] + page
 
     def _addresses(self, slots: NDArray[np.int64]) -> torch.Tensor:
         """Storage elements of every (token, K|V, head, d): int64 [T, 2, heads, D]."""
@@ -224,5 +246,5 @@ class PagedKVCache:
         block, offset = slot // self.block_size, slot % self.block_size
         head = torch.arange(self.num_kv_heads, device=self.device) * self.stride_head
         page = (block * self.stride_block)[:, None] + head
-        inside = self._torch_index[:, offset].transpose(0, 1)  # [T, 2, D]
+        inside = self.device_index[:, offset].transpose(0, 1)  # [T, 2, D]
         return page[:, None, :, None] + inside[:, :, None, :]

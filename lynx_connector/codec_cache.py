@@ -6,6 +6,8 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 
+from lynx_kernels.paged import PagedKVCache
+
 from lynx_connector.codec import CODECS, Codec, CodecError, KltTables, KVGeometry, get_codec
 from lynx_connector.codec.klt import KltCodec
 from lynx_connector.config import DEFAULT_ANCHOR_BITS
@@ -17,10 +19,12 @@ MAX_CODECS = 8
 
 
 class CodecCache:
-    """Codecs of one geometry. Thread-safe."""
+    """Codecs of one geometry, for one cache. Thread-safe."""
 
-    def __init__(self, geometry: KVGeometry):
+    def __init__(self, geometry: KVGeometry, cache: PagedKVCache | None = None):
+        """`cache` is what kernels are compiled for; None: any in CPU memory."""
         self._geometry = geometry
+        self._cache = cache
         self._codecs: OrderedDict[tuple[str, int, str], Codec] = OrderedDict()
         self._warm: set[tuple[str, int]] = set()
         self._lock = threading.Lock()
@@ -42,7 +46,7 @@ class CodecCache:
         codec = get_codec(name, self._geometry, anchor_bits=anchor_bits, tables=tables)
         with self._compiling:  # takes seconds: whoever asks for another codec must not wait
             if (name, anchor_bits) not in self._warm:
-                codec.warmup()
+                codec.warmup(self._cache)
                 self._warm.add((name, anchor_bits))
         with self._lock:
             self._codecs[key] = codec

@@ -131,3 +131,28 @@ def bench_codec(
 
     texts = [*text, *(more_texts or [])]
     run(model, texts, json_path, png, starts, codec or [], prompt_tokens, dtype)
+
+
+@bench_app.command("kernels")
+def bench_kernels(
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Where the report is written.")
+    ] = None,
+    codec: Annotated[
+        list[str] | None, typer.Option(help="Codec; repeat it for more. Default: all.")
+    ] = None,
+    head_dim: Annotated[
+        list[int] | None, typer.Option(help="Head size; repeat it for more. Default: 64, 128.")
+    ] = None,
+    dtype: Annotated[
+        list[str] | None,
+        typer.Option(help="Of the KV cache; repeat it for more. Default: bfloat16."),
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="Of the prompt. Default: 512 on CPU, 8192 on a GPU.")
+    ] = None,
+) -> None:
+    """Encoding and decoding on this machine's GPU, or one CPU core, against a plain copy."""
+    from lynx_connector.cli.run_bench_kernels import run
+
+    run(json_path, codec or [], head_dim or [], dtype or [], tokens)

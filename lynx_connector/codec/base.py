@@ -19,6 +19,7 @@ import torch
 from lynx_kernels.paged import PagedKVCache, PageIndex
 from numpy.typing import NDArray
 
+from lynx_connector.codec import device
 from lynx_connector.errors import LynxError
 
 DTYPES: dict[str, torch.dtype] = {
@@ -26,9 +27,6 @@ DTYPES: dict[str, torch.dtype] = {
     "float16": torch.float16,
     "float32": torch.float32,
 }
-
-# Tokens that the torch path holds as tensors at once, to bound its scratch memory.
-_TORCH_TOKENS = 512
 
 Rows = NDArray[np.uint8]
 
@@ -124,13 +122,7 @@ class Codec(ABC):
         if cache.device.type == "cpu":
             self._encode_cpu(cache, slots, out, first_position)
             return
-        for start in range(0, len(slots), _TORCH_TOKENS):
-            part = slice(start, start + _TORCH_TOKENS)
-            values = torch.stack(
-                [cache.gather(layer, slots[part]) for layer in range(cache.num_layers)], dim=1
-            )
-            for tier, encoded in self.encode_values(values, first_position + start).items():
-                out[tier][part] = encoded.cpu().numpy()
+        device.encode(self, cache, slots, out, first_position)
 
     def decode(
         self,
@@ -156,14 +148,39 @@ class Codec(ABC):
         if cache.device.type == "cpu":
             self._decode_cpu(tiers, cache, slots, first_position)
             return
-        for start in range(0, len(slots), _TORCH_TOKENS):
-            part = slice(start, start + _TORCH_TOKENS)
-            values = self.decode_values(
-                [torch.tensor(rows[part], device=cache.device) for rows in tiers],
-                first_position + start,
-            )
-            for layer in range(cache.num_layers):
-                cache.scatter(layer, slots[part], values[:, layer])
+        device.decode(self, tiers, cache, slots, first_position)
+
+    def encode_device(
+        self,
+        cache: PagedKVCache,
+        slots: torch.Tensor,
+        out: Mapping[Tier, torch.Tensor],
+        first_position: int = 0,
+    ) -> None:
+        """As `encode`, unchecked, from and to memory of the cache's device: queued on the current
+        stream.
+
+        slots: int64 [T]; out: uint8 [T, bytes_per_token] a tier, contiguous, aligned to 16 bytes.
+        Here: the torch reference. Codecs with Triton kernels override both methods.
+        """
+        tokens = slots.cpu().numpy()
+        layers = [cache.gather(layer, tokens) for layer in range(cache.num_layers)]
+        encoded = self.encode_values(torch.stack(layers, dim=1), first_position)
+        for tier, rows in encoded.items():
+            out[tier].copy_(rows)
+
+    def decode_device(
+        self,
+        tiers: Sequence[torch.Tensor],
+        cache: PagedKVCache,
+        slots: torch.Tensor,
+        first_position: int = 0,
+    ) -> None:
+        """As `decode`, unchecked, from and to memory of the cache's device; see `encode_device`."""
+        values = self.decode_values(tiers, first_position)
+        tokens = slots.cpu().numpy()
+        for layer in range(cache.num_layers):
+            cache.scatter(layer, tokens, values[:, layer])
 
     def exceptions(self, anchor: Rows) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Vectors that the code cannot hold (NaN, infinity, overflow), to be sent as they are.
@@ -189,8 +206,14 @@ class Codec(ABC):
         g = self.geometry
         return np.zeros((g.num_layers, 2, g.num_kv_heads, g.head_dim), dtype=np.int16)
 
-    def warmup(self) -> None:
-        """Compile or load the CPU kernels that this geometry needs (seconds when not cached)."""
+    def warmup(self, cache: PagedKVCache | None = None) -> None:
+        """Compile or load the kernels that this geometry needs (seconds when not cached).
+
+        cache: the one that will be used; its device decides. Without it, those of the CPU.
+        """
+        if cache is not None and cache.device.type != "cpu":
+            device.warmup(self, cache)
+            return
         shape = KVGeometry(1, 1, self.geometry.head_dim, self.geometry.dtype)
         small = type(self)(shape)
         head_dim = shape.head_dim

@@ -61,3 +61,25 @@ class RawCodec(Codec):
         words = np.require(tiers[0].view(cache.bits(0).dtype), requirements="A")
         for layer in range(cache.num_layers):
             raw_cpu.decode_layer(cache, layer, slots, words)
+
+    def encode_device(
+        self,
+        cache: PagedKVCache,
+        slots: torch.Tensor,
+        out: Mapping[Tier, torch.Tensor],
+        first_position: int = 0,
+    ) -> None:
+        from lynx_kernels import raw_triton
+
+        raw_triton.encode(cache, slots, out[Tier.ANCHOR])
+
+    def decode_device(
+        self,
+        tiers: Sequence[torch.Tensor],
+        cache: PagedKVCache,
+        slots: torch.Tensor,
+        first_position: int = 0,
+    ) -> None:
+        from lynx_kernels import raw_triton
+
+        raw_triton.decode(cache, slots, tiers[0])

@@ -70,6 +70,28 @@ class UniformCodec(Codec):
         for layer in range(cache.num_layers):
             uniform_cpu.decode_layer(cache, layer, slots, tiers[0], self.bits)
 
+    def encode_device(
+        self,
+        cache: PagedKVCache,
+        slots: torch.Tensor,
+        out: Mapping[Tier, torch.Tensor],
+        first_position: int = 0,
+    ) -> None:
+        from lynx_kernels import uniform_triton
+
+        uniform_triton.encode(cache, slots, out[Tier.ANCHOR], self.bits)
+
+    def decode_device(
+        self,
+        tiers: Sequence[torch.Tensor],
+        cache: PagedKVCache,
+        slots: torch.Tensor,
+        first_position: int = 0,
+    ) -> None:
+        from lynx_kernels import uniform_triton
+
+        uniform_triton.decode(cache, slots, tiers[0], self.bits)
+
 
 class Int8Codec(UniformCodec):
     name: ClassVar[str] = "int8"

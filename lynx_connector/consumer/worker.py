@@ -48,7 +48,7 @@ class ConsumerWorker:
             context.tensor_parallel_size,
             context.geometry,
         )
-        self._codecs = CodecCache(context.geometry)
+        self._codecs = CodecCache(context.geometry, context.cache)
         self._tables = ConsumerTables(
             store, context.geometry, lambda new: self._codecs.get(TABLE_CODECS[0], tables=new)
         )

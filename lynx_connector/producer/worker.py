@@ -58,7 +58,7 @@ class ProducerWorker:
         self._loop = context.loop
         self._events = context.events
         self._rank = context.rank
-        self._codecs = CodecCache(context.geometry)
+        self._codecs = CodecCache(context.geometry, context.cache)
         self._exact = self._codecs.get("bf16")
         learns = config.codec in TABLE_CODECS
         codec = self._codecs.get(FALLBACK_CODEC if learns else config.codec)

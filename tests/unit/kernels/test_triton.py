@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Triton kernels: equal to the torch reference, interpreted and on CUDA; fit to be compiled.
+
+The cases are in `triton_cases.py`; the interpreter needs a process of its own.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import triton
+from lynx_kernels import tile_triton
+from triton.backends import backends
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from tests.unit.conftest import build_cache
+from tests.unit.kernels.triton_cases import CASES, codec_of
+
+HERE = Path(__file__).parent
+HOPPER = GPUTarget("cuda", 90, 32)
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> dict[str, str]:
+    done = subprocess.run(
+        [sys.executable, HERE / "triton_cases.py"],
+        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=300,
+        check=True,
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_interpreted_kernels_equal_the_reference(interpreted, case: str) -> None:
+    assert not interpreted[case], interpreted[case]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("case", CASES)
+def test_kernels_on_cuda_equal_the_reference(case: str) -> None:
+    check, codec, dtype = CASES[case]
+    check(codec, dtype, "cuda")
+
+
+class _Launch:
+    """Stands in for a kernel and keeps the arguments of its launches."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+        self.launches: list[dict[str, Any]] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda **arguments: self.launches.append(arguments)
+
+
+def _compile(kernel: Any, arguments: dict[str, Any]) -> Any:
+    """The kernel for Hopper, which needs no GPU, specialised as a launch would."""
+    types = {torch.uint8: "*u8", torch.int64: "*i64", torch.float32: "*fp32", torch.int32: "*i32"}
+    signature, constants, attributes = {}, {}, {}
+    for number, parameter in enumerate(kernel.params):
+        value = arguments[parameter.name]
+        if parameter.is_constexpr:
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = types[value.dtype]
+            attributes[(number,)] = [["tt.divisibility", 16]]
+        else:
+            signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=HOPPER, options=tile_triton.OPTIONS)
+
+
+@pytest.mark.skipif("nvidia" not in backends, reason="Triton was built without its NVIDIA backend")
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [
+        ("hadamard", "hadamard_triton"),
+        ("bf16", "raw_triton"),
+        ("int8", "uniform_triton"),
+        ("int4", "uniform_triton"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("head_dim", "layout", "dtype"),
+    [(128, "flash", "bfloat16"), (80, "cpu_vec", "float16"), (96, "flash", "float32")],
+)
+def test_compiled_kernels_round_as_the_reference_does(
+    monkeypatch, name: str, module: str, head_dim: int, layout: str, dtype: str
+) -> None:
+    """No fused multiply-add, no flushed denormals, no approximate division."""
+    kernels = importlib.import_module(f"lynx_kernels.{module}")
+    found = {
+        key: value
+        for key, value in vars(kernels).items()
+        if isinstance(value, triton.JITFunction) and key in ("_encode", "_decode", "_copy")
+    }
+    launches = {key: _Launch(kernel) for key, kernel in found.items()}
+    for key, launch in launches.items():
+        monkeypatch.setattr(kernels, key, launch)
+    cache = build_cache(layout, head_dim=head_dim, dtype=getattr(torch, dtype))
+    codec = codec_of(name, cache)
+    slots = torch.arange(8)
+    rows = [torch.zeros((8, codec.bytes_per_token(t)), dtype=torch.uint8) for t in codec.tiers]
+    codec.encode_device(cache, slots, dict(zip(codec.tiers, rows, strict=True)))
+    for count in range(1, len(rows) + 1):
+        codec.decode_device(rows[:count], cache, slots)
+    compiled = [
+        _compile(launch.kernel, arguments)
+        for launch in launches.values()
+        for arguments in launch.launches
+    ]
+    assert len(compiled) == 1 + len(rows)
+    for kernel in compiled:
+        assert not re.search(r"fma\.rn\.f32|\.ftz|div\.(full|approx)", kernel.asm["ptx"])

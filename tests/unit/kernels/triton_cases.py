@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Triton kernels against the torch reference, bit for bit.
+
+`python triton_cases.py` runs every case on CPU tensors. TRITON_INTERPRET=1 must be set before
+Triton is imported, hence a process of its own (`test_triton.py` starts it). Prints one JSON object:
+case -> "" or what differs. Where there is a CUDA device the same cases run in the test process.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[3]))
+
+from lynx_kernels.paged import PagedKVCache
+
+from lynx_connector.codec import Codec, KVGeometry, get_codec
+from lynx_connector.codec import device as device_path
+from lynx_connector.codec.base import DTYPES
+from tests.unit.conftest import build_cache
+
+CODECS = ("hadamard", "bf16", "int8", "int4")
+# head_dim, block size, heads, layout; the layouts are those of build_cache.
+SHAPES = (
+    (64, 16, 3, "flash_token_major"),
+    (64, 7, 3, "cpu_vec"),
+    (80, 16, 1, "layers_interleaved"),
+    (96, 12, 3, "flash"),
+    (128, 16, 2, "flash_token_major"),
+    (128, 128, 1, "cpu_vec"),
+    (192, 1, 2, "flash"),
+    (256, 32, 1, "flash"),
+)
+
+
+def on(cache: PagedKVCache, device: str) -> PagedKVCache:
+    """The same cache on another device; strides are kept."""
+    if device == "cpu":
+        return cache
+    moved = {}
+    for name, flat in zip(cache.layer_names, cache._flat, strict=True):
+        there = flat.to(device)
+        page = cache.index.extent // cache.block_size
+        shape = (cache.num_blocks, cache.num_kv_heads, cache.block_size, page)
+        moved[name] = there.as_strided(shape, (cache.stride_block, cache.stride_head, page, 1))
+    return PagedKVCache(moved, cache.block_size, cache.num_kv_heads, cache.head_dim, cache.index)
+
+
+def codec_of(name: str, cache: PagedKVCache) -> Codec:
+    dtype = str(cache.dtype).removeprefix("torch.")
+    return get_codec(name, KVGeometry(cache.num_layers, cache.num_kv_heads, cache.head_dim, dtype))
+
+
+def everything(cache: PagedKVCache) -> torch.Tensor:
+    slots = np.arange(cache.num_slots)
+    return torch.stack([cache.gather(i, slots) for i in range(cache.num_layers)], dim=1).cpu()
+
+
+def bits(values: torch.Tensor) -> torch.Tensor:
+    """Bit patterns, every NaN alike."""
+    integers = values.view(torch.int32 if values.dtype == torch.float32 else torch.int16)
+    return integers.masked_fill(values.isnan(), 0x7FC0)
+
+
+def check(codec: Codec, make: Callable[[int], PagedKVCache], slots: np.ndarray) -> None:
+    """Rows, and what decoding them leaves in the whole cache, equal the reference's.
+
+    make: a cache with a seed's content on the device under test.
+    """
+    cache = make(0)
+    values = torch.stack([cache.gather(i, slots) for i in range(cache.num_layers)], dim=1).cpu()
+    out = {t: np.zeros((len(slots), codec.bytes_per_token(t)), np.uint8) for t in codec.tiers}
+    device_path.encode(codec, cache, slots, out, 3)
+    expected = codec.encode_values(values, 3)
+    for tier in codec.tiers:
+        np.testing.assert_array_equal(out[tier], expected[tier].numpy(), err_msg=tier.name)
+    for count in range(1, len(codec.tiers) + 1):
+        rows = [out[tier] for tier in codec.tiers[:count]]
+        cache = make(1)
+        wanted = everything(cache)
+        wanted[slots] = codec.decode_values([torch.from_numpy(r) for r in rows], 3)
+        device_path.decode(codec, rows, cache, slots, 3)
+        assert torch.equal(bits(everything(cache)), bits(wanted)), f"decoded from {count} tiers"
+
+
+def shapes(codec: str, dtype: str, device: str) -> None:
+    """Every head size, layout and odd block size; permuted slots, a tail, poisoned vectors."""
+    for head_dim, block_size, heads, layout in SHAPES:
+
+        def make(
+            seed: int, d: int = head_dim, n: int = block_size, h: int = heads, form: str = layout
+        ) -> PagedKVCache:
+            cache = build_cache(
+                form,
+                heads=h,
+                head_dim=d,
+                block_size=n,
+                blocks=-(-24 // n),
+                dtype=DTYPES[dtype],
+                seed=seed,
+            )
+            return on(poisoned(cache), device)
+
+        try:
+            cache = make(0)
+            slots = np.random.default_rng(0).permutation(cache.num_slots)[:21]
+            check(codec_of(codec, cache), make, slots)
+        except AssertionError as error:
+            raise AssertionError(f"{head_dim} {block_size} {heads} {layout}: {error}") from error
+
+
+def poisoned(cache: PagedKVCache) -> PagedKVCache:
+    """NaN, infinities, zeros, denormals and the largest values in one vector each."""
+    everywhere = np.arange(cache.num_slots)
+    values = cache.gather(0, everywhere)
+    values[2, 0, 0, 5], values[3, 1, 0, 1], values[4, 0, 0, 7] = (
+        float("nan"),
+        float("inf"),
+        float("-inf"),
+    )
+    values[5, 1, 0] = 0
+    values[6, 0, 0] = -0.0
+    info = torch.finfo(cache.dtype)
+    values[7, 0, 0] *= info.smallest_normal
+    values[8, 1, 0] = values[8, 1, 0].sign() * info.max
+    cache.scatter(0, everywhere, values)
+    return cache
+
+
+def magnitudes(codec: str, dtype: str, device: str) -> None:
+    """Vectors of every power of two that the dtype has, and arbitrary bits."""
+    info = torch.finfo(DTYPES[dtype])
+    low, high = np.log2(info.smallest_normal) - 9, np.log2(info.max) + 1
+    exponents = torch.arange(low, high, 0.5 if dtype == "float16" else 3)
+
+    def make(seed: int) -> PagedKVCache:
+        blocks = -(-2 * len(exponents) // 16)
+        cache = build_cache("flash", layers=1, heads=1, blocks=blocks, dtype=DTYPES[dtype])
+        noise = torch.Generator().manual_seed(seed)
+        values = torch.randn(len(exponents), 2, 1, 64, dtype=torch.float64, generator=noise)
+        values *= 2.0 ** exponents.double()[:, None, None, None]
+        slots = np.arange(len(exponents))
+        cache.scatter(0, slots, values.clamp(-info.max, info.max).to(cache.dtype))
+        storage, random = cache.bits(0), np.random.default_rng(seed)
+        half = storage.size // 2
+        storage[half:] = random.integers(0, np.iinfo(storage.dtype).max, storage.size - half)
+        return on(cache, device)
+
+    cache = make(0)
+    check(codec_of(codec, cache), make, np.arange(cache.num_slots))
+
+
+def cut_chunks(codec: str, dtype: str, device: str) -> None:
+    """Chunks larger than the buffer are cut; no token is no work, and warmup writes nothing."""
+
+    def make(seed: int) -> PagedKVCache:
+        return on(build_cache("flash", blocks=2, dtype=DTYPES[dtype], seed=seed), device)
+
+    cache = make(0)
+    tested = codec_of(codec, cache)
+    before = everything(cache)
+    device_path.warmup(tested, cache)
+    none = np.zeros(0, np.int64)
+    empty = {t: np.zeros((0, tested.bytes_per_token(t)), np.uint8) for t in tested.tiers}
+    device_path.encode(tested, cache, none, empty, 0)
+    device_path.decode(tested, list(empty.values()), cache, none, 0)
+    assert torch.equal(everything(cache), before)
+    size, device_path.BUFFER_BYTES = device_path.BUFFER_BYTES, 10_000
+    try:
+        check(tested, make, np.arange(30)[::-1].copy())
+    finally:
+        device_path.BUFFER_BYTES = size
+
+
+CASES: dict[str, tuple[Callable[[str, str, str], None], str, str]] = {
+    f"{case.__name__}-{codec}-{dtype}": (case, codec, dtype)
+    for case in (shapes, magnitudes, cut_chunks)
+    for codec in CODECS
+    for dtype in DTYPES
+    if case is not cut_chunks or dtype == "bfloat16"
+}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    np.seterr(all="ignore")
+    results = {}
+    for name, (case, codec, dtype) in CASES.items():
+        try:
+            case(codec, dtype, "cpu")
+            results[name] = ""
+        except Exception:
+            results[name] = traceback.format_exc()[-2000:]
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
