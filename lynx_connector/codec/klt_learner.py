@@ -11,9 +11,8 @@ from lynx_kernels.rotation import NO_ROTATION, Rotation
 from numpy.typing import NDArray
 
 from lynx_connector.codec.base import CodecError, KVGeometry
-from lynx_connector.codec.klt_tables import ANCHOR_BITS, KltTables
+from lynx_connector.codec.klt_tables import ANCHOR_BITS, BASIS_LIMIT, KltTables
 
-_BASIS_LIMIT = 1023
 
 
 class TableLearner:
@@ -61,7 +60,7 @@ class TableLearner:
         total = widths[-1].astype(np.int64)
         span = np.sqrt(variance) * np.exp2(-total.astype(np.float64))
         rows = np.swapaxes(vectors, -1, -2) * span[..., None]
-        unit = np.abs(rows).max(axis=(-1, -2)) / _BASIS_LIMIT
+        unit = np.abs(rows).max(axis=(-1, -2)) / BASIS_LIMIT
         while True:
             basis = np.rint(rows / unit[..., None, None]).astype(np.int64)
             sums = (np.abs(basis) << total[..., None]).sum(-2).max(-1)

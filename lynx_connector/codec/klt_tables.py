@@ -17,6 +17,7 @@ from lynx_connector.codec.base import CodecError, KVGeometry
 
 VERSION = 2
 ANCHOR_BITS = (3, 4, 5)
+BASIS_LIMIT = 1023  # entries of 10 bits and a sign are exact on TF32 tensor cores
 _HEADER_BYTES = 512
 
 
@@ -119,6 +120,8 @@ class KltTables:
             raise CodecError("tables have component widths that do not fill their rows")
         if (np.diff(widths, axis=0) < 0).any():
             raise CodecError("tables have anchors of different bits that do not nest")
+        if np.abs(self.k_basis.astype(np.int64)).max() > BASIS_LIMIT:
+            raise CodecError(f"tables have a basis with entries beyond {BASIS_LIMIT}")
         largest = (np.abs(self.k_basis.astype(np.int64)) << widths[-1][..., None]).sum(-2)
         if largest.max() >= 1 << 24:
             raise CodecError("tables have a basis whose sums are not exact in float32")
