@@ -88,6 +88,7 @@ class TierServer:
                     transfer.request_id,
                     transfer.num_bytes,
                 )
+                self.notify()
 
     async def _serve(self, endpoint: object) -> None:
         connection = Connection(endpoint, "consumer (before handshake)")
@@ -240,9 +241,11 @@ class _Session:
     def _send_outcomes(self) -> None:
         """Ahead of all else: a first token is what a client waits for."""
         for transfer in list(self._prefilling.values()):
-            if transfer.outcome is None:
+            if transfer.outcome is None and not transfer.dropped:
                 continue
             del self._prefilling[transfer.transfer_id]
+            if transfer.outcome is None:
+                continue
             if transfer.outcome.cause:
                 self._streams = [s for s in self._streams if s.transfer is not transfer]
             send = asyncio.ensure_future(self._connection.send(transfer.outcome))
