@@ -83,6 +83,7 @@ class TierServer:
                     transfer.request_id,
                     transfer.num_bytes,
                 )
+                self.notify()
 
     async def _serve(self, endpoint: object) -> None:
         connection = Connection(endpoint, "consumer (before handshake)")
@@ -212,11 +213,11 @@ class _Session:
     def send_outcomes(self) -> None:
         """Ahead of all frames: a first token is what a client waits for."""
         for transfer in list(self._prefilling.values()):
-            if transfer.outcome is None:
-                if transfer.dropped:
-                    del self._prefilling[transfer.transfer_id]
+            if transfer.outcome is None and not transfer.dropped:
                 continue
             del self._prefilling[transfer.transfer_id]
+            if transfer.outcome is None:
+                continue
             if transfer.outcome.cause:
                 self._server._sender.cancel(self._connection, transfer.transfer_id)
             self._connection.post(transfer.outcome)

@@ -77,7 +77,7 @@ def test_max_tokens(pair, max_tokens):
     assert tokens(answer) == tokens(reference)
     assert len(tokens(answer)) == max_tokens
     assert answer["choices"][0]["finish_reason"] == "length"
-    assert bool(named(events, "drafting")) == (max_tokens > 1)
+    assert max_tokens > 2 or not named(events, "drafting"), "drafts that can never be emitted"
 
 
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0}])

@@ -45,8 +45,8 @@ def first_token_comes_before_any_kv(h: Harness) -> None:
 def first_token_with_every_number_of_drafts(h: Harness) -> None:
     for prompt, bits in (("F", 8), ("F", 2), ("D", 3)):
         for residual in (2, 3, 4, 5, 9, 34):
-            for delay in (0, 1, 2):
-                if h.v2 and (residual > 5 or delay == 1):
+            for delay in (0, 1):
+                if h.v2 and (residual > 5 or delay):
                     continue
                 _check(
                     h, prompt, transfer={"bits": bits, "residual": residual, "first_delay": delay}
@@ -62,9 +62,7 @@ def first_token_then_forced_acceptance(h: Harness) -> None:
         drafts = ids[1:]
         if right < len(drafts):
             drafts[right] = (drafts[right] + 1) % 500
-        for params in ({}, {"repetition_penalty": 1.0, "top_k": 3, "temperature": 0.01}):
-            if params and h.v2:
-                continue
+        for params in ({}, {"min_tokens": 5}):  # in one pass, by rows
             h.force(drafts)
             name = h.lynx("A", residual=22, first=ids[0], **params)
             assert tokens(h.run()[name]) == ids
@@ -175,7 +173,6 @@ def first_token_outside_of_the_vocabulary(h: Harness) -> None:
 
 @case
 def first_token_and_a_lost_transfer(h: Harness) -> None:
-    other_reference = h.reference("C")
     for transfer in (
         {"fail": True},
         {"fail_early": True},
@@ -185,8 +182,8 @@ def first_token_and_a_lost_transfer(h: Harness) -> None:
         {"lose_anchor": True, "anchor": 5, "blocking": True},
     ):
         for delay in (0, 1):
+            reference, other_reference = h.reference("A", max_tokens=20), h.reference("C")
             other = h.add("C")
-            reference = h.reference("A", max_tokens=20)
             name = h.lynx(
                 "A", first=reference.token_ids[0], first_delay=delay, max_tokens=20, **transfer
             )

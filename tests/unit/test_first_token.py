@@ -2,7 +2,7 @@
 """Handing over the prefill's token: by whom, to whom, and when not. On plain objects."""
 
 import pytest
-from test_scheduler_halves import (
+from .test_scheduler_halves import (
     BLOCK,
     NO_EVENTS,
     PREFILL,
