@@ -44,11 +44,13 @@ class AnchorCode:
     code_of_grid: uint8 [8193], the 256-level code of grid point i, where u = i / 4096 - 1
     anchor_level: float32 [16], u by anchor code alone (the cell's centroid)
     refined_level: float32 [256], u by anchor * 16 + residual (the middle of the part)
+    refined_variance: expected squared error of refined_level
     """
 
     code_of_grid: NDArray[np.uint8]
     anchor_level: NDArray[np.float32]
     refined_level: NDArray[np.float32]
+    refined_variance: float
 
 
 @functools.cache
@@ -66,12 +68,53 @@ def anchor_code(head_dim: int) -> AnchorCode:
     part_middle = part_start + np.repeat(part_width, 16) / 2
     grid = np.arange(-GRID, GRID + 1)
     code_of_grid = np.searchsorted(part_start, grid, side="right") - 1
+    # Optimal cells are as wide as density^(-1/3); inside a part u is uniform.
+    squared_width = len(part_width) / (1 / (part_width / GRID) ** 2).sum()
     tables = AnchorCode(
         code_of_grid=code_of_grid.astype(np.uint8),
         anchor_level=(levels / GRID).astype(np.float32),
         refined_level=(part_middle / GRID).astype(np.float32),
+        refined_variance=float(squared_width / 12),
     )
     for table in (tables.code_of_grid, tables.anchor_level, tables.refined_level):
+        table.setflags(write=False)
+    return tables
+
+
+@dataclass(frozen=True)
+class FineCode:
+    """The anchor's cells in 32 parts each: a code of 9 bits, whose upper 8 are the code above.
+
+    code9_of_grid: uint16 [16385], by grid point i, where u = i / 8192 - 1
+    level9, level8: float32 [512] and [256], the middle of the part that 9 or 8 bits leave
+    """
+
+    code9_of_grid: NDArray[np.uint16]
+    level9: NDArray[np.float32]
+    level8: NDArray[np.float32]
+    _cells: NDArray[np.float32]
+
+    def anchor_level(self, bits: int) -> NDArray[np.float32]:
+        """u by the upper `bits` bits alone: float32 [2^bits]."""
+        if bits == 4:
+            return self._cells
+        middles = self.level9.reshape(1 << bits, -1).mean(axis=1, dtype=np.float64)
+        return middles.astype(np.float32)
+
+
+@functools.cache
+def fine_code(head_dim: int) -> FineCode:
+    """The finer code for vectors of `head_dim` elements."""
+    coarse = anchor_code(head_dim)
+    starts = np.searchsorted(coarse.code_of_grid, np.arange(0, 256, 16), side="left")
+    borders = np.append(starts, 2 * GRID) - GRID
+    width = np.diff(borders) // 16  # grid points of 1/8192 in a part of 1/32 cell
+    part_start = (2 * borders[:-1, None] + width[:, None] * np.arange(32)).ravel()
+    middle = part_start + np.repeat(width, 32) / 2
+    code = np.searchsorted(part_start, np.arange(-2 * GRID, 2 * GRID + 1), side="right") - 1
+    level9 = (middle / (2 * GRID)).astype(np.float32)
+    tables = FineCode(code.astype(np.uint16), level9, coarse.refined_level, coarse.anchor_level)
+    for table in (tables.code9_of_grid, tables.level9):
         table.setflags(write=False)
     return tables
 

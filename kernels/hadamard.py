@@ -26,6 +26,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from lynx_kernels.anchor_code import GRID, AnchorCode, anchor_code
+from lynx_kernels.exact_code import NO_ERROR, error_steps
 from numpy.typing import NDArray
 
 MIN_TRANSFORM = 8
@@ -82,6 +83,14 @@ def hadamard_tables(head_dim: int) -> HadamardTables:
     return HadamardTables(transform, norm, to_grid, to_raw, anchor_code(head_dim))
 
 
+def error_spread(head_dim: int) -> NDArray[np.int16]:
+    """Expected error of an element by scale byte, int16 [256], in 1/8 octaves."""
+    spread = np.arange(256, dtype=np.int16) - np.int16(SCALE_BIAS)
+    spread += error_steps(np.array(anchor_code(head_dim).refined_variance))
+    spread[SCALE_ZERO] = NO_ERROR
+    return spread
+
+
 def walsh_hadamard(x: torch.Tensor, length: int) -> torch.Tensor:
     """Unnormalised transform of each run of `length` along the last axis, in float32.
 
@@ -105,7 +114,7 @@ def encode(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
     tables = hadamard_tables(x.shape[-1])
     y = walsh_hadamard(x, tables.transform)
-    scale = _scale_codes(y, tables)
+    scale = scale_codes(y, tables)
     to_grid = _on(tables.to_grid, x.device)[scale.long()]
     position = y * to_grid.unsqueeze(-1) + GRID
     # NaN (from a vector whose scale says so) becomes a grid point too: any will do.
@@ -135,7 +144,7 @@ def decode(
     return y.clamp(-limit, limit).to(dtype)
 
 
-def _scale_codes(y: torch.Tensor, tables: HadamardTables) -> torch.Tensor:
+def scale_codes(y: torch.Tensor, tables: HadamardTables) -> torch.Tensor:
     """Scale bytes [...] of raw coefficients [..., D], by integer arithmetic on float32 bits."""
     # Compared as integers, magnitudes keep their order, and NaN > infinity > every number.
     maximum = (y.view(torch.int32) & 0x7FFFFFFF).amax(dim=-1)

@@ -164,8 +164,8 @@ def _encode(
                 lanes = min(LANES, slots.size - first)
                 locate(slots, first, lanes, block_size, stride_block, head_offset, page, offset)
                 load_tile(flat, kind, index, page, offset, lanes, bits)
-                _butterflies(tile, transform)
-                _scales(bits, norm, to_grid, maximum, factor, scales)
+                butterflies(tile, transform)
+                lane_scales(bits, norm, to_grid, maximum, factor, scales)
                 _positions(tile, factor, position)
                 start = column * half
                 for w in range(lanes):
@@ -226,12 +226,12 @@ def _decode(
                             odd = coarse >> uint8(4)
                         tile[uint64(2 * j * LANES + w)] = level[uint8(even)] * factor
                         tile[uint64((2 * j + 1) * LANES + w)] = level[uint8(odd)] * factor
-                _butterflies(tile, transform)
+                butterflies(tile, transform)
                 store_tile(flat, kind, index, page, offset, lanes, bits)
 
 
 @numba.njit
-def _butterflies(tile, transform):
+def butterflies(tile, transform):
     """Unnormalised Walsh-Hadamard transform along the elements of every lane, in place.
 
     Three stages (distances 1, 2, 4 times `distance`) are done while eight values are in
@@ -300,7 +300,7 @@ def _eight(tile, distance):
 
 
 @numba.njit
-def _scales(bits, norm, to_grid, maximum, factor, scales):
+def lane_scales(bits, norm, to_grid, maximum, factor, scales):
     """Scale byte of every lane, and its quantiser factor for each element of a chunk."""
     largest_magnitudes(bits, maximum)
     for w in range(LANES):

@@ -71,14 +71,16 @@ def storage_type(itemsize: int) -> types.Array:
     return types.Array(types.uint16 if itemsize == 2 else types.uint32, 1, "C")
 
 
-def compile_kernel(function: Callable[..., None], *argument_types: Any) -> Callable[..., None]:
+def compile_kernel(
+    function: Callable[..., Any], *argument_types: Any, result: Any = types.void
+) -> Callable[..., Any]:
     """`function` compiled for exactly these types, GIL released, kept in numba's disk cache.
 
     Explicit types, so that read-only frames do not cost a second compilation. numba writes the
     cache beside the source or, where that is read-only, below the user's cache directory; where
     neither is possible the kernel is compiled anew in each process.
     """
-    signature = types.void(*argument_types)
+    signature = result(*argument_types)
     try:
         return numba.njit([signature], cache=True, **_OPTIONS)(function)
     except RuntimeError as error:

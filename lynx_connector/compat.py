@@ -4,10 +4,12 @@
 The only module beside `connector.py` and `scheduler/` that imports vLLM's unstable classes.
 """
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
 import vllm
+from lynx_kernels.rotation import NO_ROTATION, Rotation, fit_rotation
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorHandshakeMetadata,
@@ -34,11 +36,14 @@ __all__ = [
     "KVConnectorWorkerMetadata",
     "check_supported",
     "compatibility_hash",
+    "key_rotation",
     "resolve_start",
     "warm_up_verification",
 ]
 
 SUPPORTED_VLLM = "0.32"
+
+logger = logging.getLogger("vllm.lynx")
 
 
 def check_vllm_version(version: str) -> None:
@@ -117,6 +122,32 @@ def resolve_start(config: LynxConfig, vllm_config: "VllmConfig") -> bool:
             f"scheduling), found {name or 'none'}; or set start to 'blocking'"
         )
     return present and config.start is not StartMode.BLOCKING
+
+
+def key_rotation(head_dim: int) -> Rotation:
+    """What the model in this process does to K by its position; NO_ROTATION where it is not known.
+
+    Read off vLLM's own tables: model_executor/layers/rotary_embedding/__init__.py keeps every
+    module that a model has asked for in `_ROPE_DICT`. Layers with different rotations count as
+    unknown, since nothing says which layer has which.
+    """
+    from vllm.model_executor.layers import rotary_embedding
+
+    found: set[Rotation | None] = set()
+    for module in rotary_embedding._ROPE_DICT.values():
+        table = getattr(module, "cos_sin_cache", None)
+        if table is None or table.ndim != 2 or table.shape[1] > head_dim:
+            found.add(None)
+        else:
+            found.add(fit_rotation(table, module.is_neox_style))
+    if len(found) == 1 and (rotation := next(iter(found))) is not None:
+        return rotation
+    logger.warning(
+        "lynx: K's rotation is not known (%d kinds of rotary embedding): codec klt decorrelates K "
+        "after it, at about twice the anchor's error",
+        len(found),
+    )
+    return NO_ROTATION
 
 
 def warm_up_verification(vllm_config: "VllmConfig", device: "torch.device") -> None:

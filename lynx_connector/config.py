@@ -36,6 +36,9 @@ FALLBACK_CODEC = "hadamard"
 
 DEFAULT_ANCHOR_BITS = 4
 
+FIRST_TABLES_TOKENS = 2048
+"""Tokens after which the first tables are built; the last ones follow at `learn_tokens`."""
+
 MIN_LEARN_TOKENS = 512
 """Fewer tokens than that do not fill the covariances of the larger head sizes."""
 
@@ -61,7 +64,7 @@ class LynxConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
     codec: str = Field(
-        "hadamard",
+        "klt",
         description="Producer: how KV is sent. `klt` (two tiers, with tables learned from the "
         "prompts; `hadamard` until there are any), `hadamard` (two tiers, no tables), `bf16` "
         "(the cache's own dtype, uncompressed), `int8`, `int4` (one tier).",

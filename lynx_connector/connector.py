@@ -199,7 +199,7 @@ class LynxConnector(KVConnectorBase_V1):
             rank=rank,
             tensor_parallel_size=get_tensor_model_parallel_world_size(),
             geometry=geometry,
-            rotary=None,
+            rotation=compat.key_rotation(geometry.head_dim),
             cache=cache,
             block_size=self._block_size,
             loop=self._loop,

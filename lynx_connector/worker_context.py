@@ -4,9 +4,9 @@
 from dataclasses import dataclass
 
 from lynx_kernels.paged import PagedKVCache
+from lynx_kernels.rotation import Rotation
 
 from lynx_connector.codec import KVGeometry
-from lynx_connector.codec.rotary import Rotary
 from lynx_connector.config import LynxConfig
 from lynx_connector.events import EventLog
 from lynx_connector.transport.handshake import Identity
@@ -23,8 +23,8 @@ class WorkerContext:
     """Tensor parallel rank; fetches from the producer's worker of the same rank."""
     tensor_parallel_size: int
     geometry: KVGeometry
-    rotary: Rotary | None
-    """The model's rotary embedding; None where it is not known."""
+    rotation: Rotation
+    """What the codec klt rotates K back by; NO_ROTATION where it is not known."""
     cache: PagedKVCache
     block_size: int
     """vLLM's block size in tokens."""

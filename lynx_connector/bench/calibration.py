@@ -70,7 +70,7 @@ def calibrate(
         )
     heads = whole.num_kv_heads // ranks
     shard = KVGeometry(whole.num_layers, heads, whole.head_dim, whole.dtype)
-    learners = [TableLearner(shard) for _ in range(ranks)]
+    learners = [TableLearner(shard, model.rotation) for _ in range(ranks)]
     longest = min(PROMPT_TOKENS, model.positions - TEMPLATE_TOKENS)
     prefilling, learning = 0.0, [0.0] * ranks
     for file in files:

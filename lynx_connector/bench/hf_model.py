@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lynx_kernels.rotation import NO_ROTATION, Rotation, fit_rotation
 
 from lynx_connector.bench.errors import BenchError
 from lynx_connector.codec.base import DTYPES, KVGeometry
@@ -83,6 +84,20 @@ class HFModel:
             raise BenchError(f"model {name}: its layers differ in KV heads or head size")
         heads, head_dim = next(iter(shapes))
         self.geometry = KVGeometry(len(probe), heads, head_dim, dtype)
+
+    @functools.cached_property
+    def rotation(self) -> Rotation:
+        """What the model does to K by its position; NO_ROTATION where that is not known."""
+        module = next(
+            (m for name, m in self.model.named_modules() if name.endswith("rotary_emb")), None
+        )
+        if module is None:
+            return NO_ROTATION
+        positions = torch.arange(min(self.positions, 1 << 15))
+        cos, sin = module(torch.zeros(1, 1, 1), positions[None])
+        half = cos.shape[-1] // 2
+        table = torch.cat((cos[0, :, :half], sin[0, :, :half]), dim=-1)
+        return fit_rotation(table, is_neox=True) or NO_ROTATION
 
     @property
     def positions(self) -> int:

@@ -19,7 +19,7 @@ from lynx_connector.bench.methods import paged_cache
 from lynx_connector.bench.texts import build_prompts
 from lynx_connector.codec import KltTables
 from lynx_connector.codec.klt_learner import TableLearner
-from lynx_connector.config import LynxConfig
+from lynx_connector.config import EXACT_FIRST_TOKENS, LynxConfig
 
 FOLDS = 2
 LEARN_TOKENS = int(LynxConfig.model_fields["learn_tokens"].default)
@@ -36,8 +36,9 @@ def check_enough_texts(files: Sequence[Path]) -> None:
 
 
 def observe(learner: TableLearner, values: torch.Tensor) -> None:
-    """Learn from KV [T, L, 2, H, D] of a prompt's first T tokens."""
-    learner.observe(paged_cache(values), np.arange(len(values)), 0)
+    """Learn from KV [T, L, 2, H, D] of a prompt's first T tokens, but those that travel exact."""
+    lossy = values[EXACT_FIRST_TOKENS:]
+    learner.observe(paged_cache(lossy), np.arange(len(lossy)), EXACT_FIRST_TOKENS)
 
 
 class TwoFolds:
@@ -53,7 +54,7 @@ class TwoFolds:
     def learn(self, step: Callable[[str], None] = lambda what: None) -> None:
         """Learn the tables of both folds; `step` is called once a text."""
         for fold in range(FOLDS):
-            learner = TableLearner(self._model.geometry)
+            learner = TableLearner(self._model.geometry, self._model.rotation)
             for file in self._files[fold::FOLDS]:
                 self._read(learner, file)
                 step(f"{file.name}: learning")

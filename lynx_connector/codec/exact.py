@@ -1,27 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """The exact tier: what separates the refined reconstruction from the true bits, per token.
 
-A token's bytes: xxh3-64 of its true values, then for each byte plane of the difference a length
-(u32) and that plane deflated by zlib. The difference is taken between ordered codes (bits mapped to
-integers that keep the order of the floats), folded so that small ones of either sign are small, so
-its upper planes are nearly all zero. All of it is integer arithmetic.
+A token's bytes: xxh3-64 of its true values, then the code of `lynx_kernels.exact`, whose tables are
+chosen by the error that the codec expects of each element. All of it is integer arithmetic.
 """
 
 from __future__ import annotations
 
-import struct
-import zlib
-
 import numpy as np
 import torch
 import xxhash
+from lynx_kernels import exact_cpu, raw_cpu
 from lynx_kernels.paged import PagedKVCache
+from lynx_kernels.tile_cpu import KIND
 from numpy.typing import NDArray
 
 from lynx_connector.codec.base import Codec, CodecError, Rows
 
-_LEVEL = 1
-_LENGTH = struct.Struct("<I")
+_CHECKSUM = np.dtype("<u8")
+_CHUNK = 64  # tokens encoded at once, to bound the scratch memory
 
 
 class ExactTier:
@@ -32,7 +29,10 @@ class ExactTier:
         if len(codec.tiers) < 2:
             raise CodecError(f"codec {codec.name} has no tier to refine")
         self.codec = codec
-        self._word = np.dtype("<u2" if codec.dtype.itemsize == 2 else "<u4")
+        self._word = np.dtype(np.uint16 if codec.dtype.itemsize == 2 else np.uint32)
+        self._kind = KIND[codec.dtype]
+        tilt = codec.error_tilt.astype(np.int16)
+        self._tilt = np.ascontiguousarray(tilt.reshape(-1, codec.geometry.head_dim))
 
     def encode(
         self,
@@ -46,20 +46,20 @@ class ExactTier:
 
         cache holds the true values at slots, refined the reconstruction at refined_slots.
         """
-        true, coarse = self._words(cache, slots), self._words(refined, refined_slots)
-        difference = (_ordered(true) - _ordered(coarse)).astype(self._word)
-        sign = difference >> (8 * self._word.itemsize - 1)
-        folded = (difference << 1) ^ (0 - sign).astype(self._word)
-        tokens = []
-        for values, token in zip(true, folded, strict=True):
-            parts = [xxhash.xxh3_64_digest(values.tobytes())]
-            for plane in np.ascontiguousarray(token.view(np.uint8).reshape(-1, token.itemsize).T):
-                packer = zlib.compressobj(_LEVEL, zlib.DEFLATED, -15, 9, zlib.Z_DEFAULT_STRATEGY)
-                packed = packer.compress(plane.tobytes()) + packer.flush()
-                parts += [_LENGTH.pack(len(packed)), packed]
-            tokens.append(b"".join(parts))
-        lengths = np.array([len(token) for token in tokens], dtype=np.uint32)
-        return np.frombuffer(b"".join(tokens), np.uint8).copy(), lengths
+        parts, lengths = [np.zeros(0, np.uint8)], [np.zeros(0, np.uint32)]
+        for start in range(0, len(slots), _CHUNK):
+            part = slice(start, start + _CHUNK)
+            true = self._words(cache, slots[part])
+            coarse = self._words(refined, refined_slots[part])
+            spread = self.codec.error_spread(anchor_rows[part])
+            data, sizes = exact_cpu.encode(
+                true, coarse, spread, self._tilt, self._kind, _CHECKSUM.itemsize
+            )
+            for place, values in zip(_starts(sizes), true, strict=True):
+                data[place : place + _CHECKSUM.itemsize] = _checksum(values)
+            parts.append(data)
+            lengths.append(sizes)
+        return np.concatenate(parts), np.concatenate(lengths)
 
     def decode(
         self,
@@ -77,56 +77,44 @@ class ExactTier:
         if len(lengths) != len(slots) or int(lengths.sum(dtype=np.uint64)) != len(data):
             raise CodecError("exact tier: lengths do not add up to the bytes received")
         coarse = self._words(cache, slots)
-        true = np.empty_like(coarse)
-        raw, start = data.tobytes(), 0
-        for index, length in enumerate(lengths.tolist()):
-            token = raw[start : start + length]
-            start += length
-            folded = self._planes(token[8:], coarse.shape[1])
-            difference = (folded >> 1) ^ (0 - (folded & 1)).astype(self._word)
-            true[index] = _unordered((_ordered(coarse[index]) + difference).astype(self._word))
-            if xxhash.xxh3_64_digest(true[index].tobytes()) != token[:8]:
+        spread = self.codec.error_spread(anchor_rows)
+        try:
+            true = exact_cpu.decode(
+                data, lengths, coarse, spread, self._tilt, self._kind, _CHECKSUM.itemsize
+            )
+        except ValueError as error:
+            raise CodecError(f"exact tier: {error}") from None
+        for index, (place, values) in enumerate(zip(_starts(lengths), true, strict=True)):
+            if not np.array_equal(data[place : place + _CHECKSUM.itemsize], _checksum(values)):
                 raise CodecError(f"exact tier: checksum of token {index} differs")
+        if cache.device.type == "cpu":
+            for layer in range(cache.num_layers):
+                raw_cpu.decode_layer(cache, layer, slots, true)
+            return
         g = self.codec.geometry
-        values = torch.from_numpy(true.view(np.uint8)).view(self.codec.dtype)
-        values = values.reshape(len(slots), g.num_layers, 2, g.num_kv_heads, g.head_dim)
+        rows = torch.from_numpy(true.view(np.uint8)).view(self.codec.dtype)
+        rows = rows.reshape(len(slots), g.num_layers, 2, g.num_kv_heads, g.head_dim)
         for layer in range(g.num_layers):
-            cache.scatter(layer, slots, values[:, layer])
+            cache.scatter(layer, slots, rows[:, layer])
 
     def _words(self, cache: PagedKVCache, slots: NDArray[np.int64]) -> NDArray:
         """Bits of the tokens at `slots`: [T, elements]."""
+        slots = cache.check_slots(slots)
+        if cache.device.type == "cpu":
+            words = np.empty((len(slots), self.codec.geometry.elements_per_token), self._word)
+            for layer in range(cache.num_layers):
+                raw_cpu.encode_layer(cache, layer, slots, words)
+            return words
         layers = [cache.gather(layer, slots) for layer in range(cache.num_layers)]
         values = torch.stack(layers, dim=1).flatten(1).cpu()
         return values.view(torch.uint8).numpy().view(self._word)
 
-    def _planes(self, data: bytes, elements: int) -> NDArray:
-        planes = np.empty((self._word.itemsize, elements), dtype=np.uint8)
-        start = 0
-        for plane in planes:
-            if len(data) - start < _LENGTH.size:
-                raise CodecError("exact tier: a token's bytes are too few")
-            (length,) = _LENGTH.unpack_from(data, start)
-            start += _LENGTH.size
-            try:
-                unpacker = zlib.decompressobj(-15)
-                content = unpacker.decompress(data[start : start + length], elements + 1)
-            except zlib.error as error:
-                raise CodecError(f"exact tier: {error}") from None
-            if len(content) != elements or not unpacker.eof:
-                raise CodecError("exact tier: a plane has the wrong size")
-            plane[:] = np.frombuffer(content, np.uint8)
-            start += length
-        if start != len(data):
-            raise CodecError("exact tier: a token's bytes are too many")
-        return np.ascontiguousarray(planes.T).view(self._word).reshape(-1)
+
+def _starts(lengths: NDArray[np.uint32]) -> NDArray[np.int64]:
+    """Where each token's bytes begin."""
+    ends = np.cumsum(lengths, dtype=np.int64)
+    return ends - lengths
 
 
-def _ordered(bits: NDArray) -> NDArray:
-    """Bits of floats as integers of the same order; -0 lies just below +0."""
-    top = bits.dtype.type(1 << (8 * bits.itemsize - 1))
-    return np.where(bits & top, ~bits, bits | top)
-
-
-def _unordered(ordered: NDArray) -> NDArray:
-    top = ordered.dtype.type(1 << (8 * ordered.itemsize - 1))
-    return np.where(ordered & top, ordered ^ top, ~ordered)
+def _checksum(values: NDArray) -> NDArray[np.uint8]:
+    return np.array([xxhash.xxh3_64_intdigest(values.data)], _CHECKSUM).view(np.uint8)

@@ -8,7 +8,6 @@ that is 4.125 and 4 bits per element. `lynx_kernels.hadamard` defines the code.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
@@ -34,8 +33,7 @@ class HadamardCodec(Codec):
         except ValueError as error:
             raise CodecError(f"codec {self.name}: {error}") from None
         self._code_bytes = geometry.elements_per_token // 2
-        # A part's width averages to about 1/128 of the range, uniform inside: std = width / 12^.5.
-        self._spread = np.int16(-hadamard.SCALE_BIAS + round(8 * math.log2(1 / 128 / 12**0.5)))
+        self._spread = hadamard.error_spread(geometry.head_dim)
 
     def encode_values(
         self, values: torch.Tensor, first_position: int = 0
@@ -57,7 +55,7 @@ class HadamardCodec(Codec):
         return token, vector
 
     def error_spread(self, anchor: Rows) -> NDArray[np.int16]:
-        return anchor[:, self._code_bytes :].astype(np.int16) + self._spread
+        return self._spread[anchor[:, self._code_bytes :]]
 
     def _row_bytes(self, tier: Tier) -> int:
         scales = self.geometry.vectors_per_token if tier == Tier.ANCHOR else 0

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from lynx_kernels.klt import K_BITS, MAX_WIDTH
 from lynx_kernels.paged import PagedKVCache
+from lynx_kernels.rotation import NO_ROTATION, Rotation
 from numpy.typing import NDArray
 
 from lynx_connector.codec.base import CodecError, KVGeometry
-from lynx_connector.codec.klt_tables import ANCHOR_BITS, MAX_WIDTH, KltTables
-from lynx_connector.codec.rotary import Rotary
+from lynx_connector.codec.klt_tables import ANCHOR_BITS, KltTables
 
 _BASIS_LIMIT = 1023
 
@@ -18,13 +19,14 @@ _BASIS_LIMIT = 1023
 class TableLearner:
     """Accumulates statistics of K and V in float64; not thread-safe.
 
-    Raises CodecError for a head_dim that `klt` cannot code (not a multiple of 8).
+    Raises CodecError for a head_dim that `klt` cannot code (not a multiple of 16).
     """
 
-    def __init__(self, geometry: KVGeometry, rotary: Rotary | None = None) -> None:
-        if geometry.head_dim % 8:
-            raise CodecError(f"codec klt: head_dim {geometry.head_dim} is not a multiple of 8")
+    def __init__(self, geometry: KVGeometry, rotation: Rotation = NO_ROTATION) -> None:
+        if geometry.head_dim % 16:
+            raise CodecError(f"codec klt: head_dim {geometry.head_dim} is not a multiple of 16")
         self.geometry = geometry
+        self.rotation = rotation
         self.tokens = 0
         shape = (geometry.num_layers, 2, geometry.num_kv_heads, geometry.head_dim)
         self._count = torch.zeros(shape[:3], dtype=torch.float64)
@@ -36,6 +38,7 @@ class TableLearner:
         for layer in range(self.geometry.num_layers):
             values = cache.gather(layer, slots).float().cpu()
             finite = values.isfinite().all(dim=-1)
+            values[:, 0] = self.rotation.turn(values[:, 0], first_position, back=True)
             values = torch.where(finite.unsqueeze(-1), values, 0.0).permute(1, 2, 0, 3)
             self._count[layer] += finite.sum(dim=0)
             self._sum[layer] += values.sum(dim=2)
@@ -52,14 +55,16 @@ class TableLearner:
         covariance = square - mean[:, 0].unsqueeze(-1) * mean[:, 0].unsqueeze(-2)
         variance, vectors = np.linalg.eigh(covariance.numpy())
         variance = np.maximum(variance, 1e-6 * variance[..., -1:] + 1e-12)
-        widths = np.stack([_widths(variance, bits) for bits in ANCHOR_BITS])
-        widths[0] = np.minimum(widths[0], widths[1])
-        span = np.sqrt(variance) * np.exp2(-(widths[1].astype(np.float64) + 4))
+        widths = _widths(
+            variance, [bits * self.geometry.head_dim for bits in (*ANCHOR_BITS, K_BITS)]
+        )
+        total = widths[-1].astype(np.int64)
+        span = np.sqrt(variance) * np.exp2(-total.astype(np.float64))
         rows = np.swapaxes(vectors, -1, -2) * span[..., None]
         unit = np.abs(rows).max(axis=(-1, -2)) / _BASIS_LIMIT
         while True:
             basis = np.rint(rows / unit[..., None, None]).astype(np.int64)
-            sums = (np.abs(basis) << (widths[1].astype(np.int64) + 4)[..., None]).sum(-2).max(-1)
+            sums = (np.abs(basis) << total[..., None]).sum(-2).max(-1)
             if (sums < 1 << 24).all():
                 break
             unit = np.where(sums < 1 << 24, unit, unit * 2)
@@ -70,19 +75,23 @@ class TableLearner:
             unit.astype(np.float32),
             widths,
             mean[:, 1].float().numpy(),
+            self.rotation,
         )
         tables.check()
         return tables
 
 
-def _widths(variance: NDArray[np.float64], bits: int) -> NDArray[np.uint8]:
-    """Bits of each component, [.., D]: one more, again and again, for the largest error left."""
+def _widths(variance: NDArray[np.float64], sums: list[float]) -> NDArray[np.uint8]:
+    """Bits of each component, uint8 [len(sums), ..., D]: one more, again and again, for the largest
+    error left, noted whenever they add up to one of the ascending `sums`."""
     error = variance.reshape(-1, variance.shape[-1]).copy()
     widths = np.zeros(error.shape, dtype=np.uint8)
     rows = np.arange(len(error))
-    limit = MAX_WIDTH if bits <= 4 else MAX_WIDTH + 1
-    for _ in range(bits * error.shape[-1]):
-        best = np.where(widths < limit, error, -1.0).argmax(axis=-1)
+    noted = []
+    for spent in range(1, int(sums[-1]) + 1):
+        best = np.where(widths < MAX_WIDTH, error, -1.0).argmax(axis=-1)
         widths[rows, best] += 1
         error[rows, best] /= 4
-    return widths.reshape(variance.shape)
+        if spent in sums:
+            noted.append(widths.reshape(variance.shape).copy())
+    return np.stack(noted)

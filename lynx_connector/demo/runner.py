@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 import time
 from dataclasses import dataclass
@@ -12,8 +13,9 @@ from typing import Any
 
 from rich.console import Console
 
+from lynx_connector.config import FIRST_TABLES_TOKENS
 from lynx_connector.demo.client import stream_chat
-from lynx_connector.demo.cluster import Cluster
+from lynx_connector.demo.cluster import Cluster, Side
 from lynx_connector.demo.link import Link, loopback, open_link
 from lynx_connector.demo.live import LiveView, Run
 from lynx_connector.demo.model import ensure_model
@@ -31,6 +33,7 @@ from lynx_connector.launch import Role
 REPORT = "demo-report.json"
 PICTURE = "demo-timeline.png"
 _EVENTS_GRACE_SECONDS = 5.0
+_TABLES_SECONDS = 2.0
 
 
 class DemoError(RuntimeError):
@@ -88,7 +91,9 @@ def _on_link(
     runs = [Run("speculative start"), Run("blocking")]
     with (
         LiveView(console) as view,
-        Cluster(model, options.logs, link=link, dtype=options.dtype) as cluster,
+        Cluster(
+            model, options.logs, link=link, dtype=options.dtype, prefill=_learning(options)
+        ) as cluster,
     ):
         view.headline("starting prefill, decode and router (about a minute)")
         cluster.start(waiting=lambda ready: view.headline(_readiness(ready)))
@@ -117,15 +122,26 @@ def _on_link(
     return report
 
 
+def _learning(options: DemoOptions) -> Side:
+    """Begins without tables, as a first start does, and learns them from the warm-up alone."""
+    tables = options.logs / "tables"
+    shutil.rmtree(tables, ignore_errors=True)
+    return Side(lynx={"tables_dir": str(tables.resolve()), "learn_tokens": FIRST_TABLES_TOKENS})
+
+
 def _warm_up(
     cluster: Cluster, body: dict[str, Any], messages: list[dict[str, str]], view: LiveView
 ) -> None:
-    """First requests pay for connections, compiled kernels and tokenizers: not the ones shown."""
+    """First requests pay for connections, compiled kernels, tokenizers and learned tables."""
     content = messages[0]["content"]
     # From another point of the text on, so that no prefix is shared.
     turned = content[len(content) // 2 :] + content[: len(content) // 2]
     warm_up = [{"role": "user", "content": turned}]
     _send(cluster, Run("warm-up"), {**body, "messages": warm_up, "max_tokens": 4}, view)
+    # Tables are built meanwhile; that they are there is reported with the steps of a next request.
+    time.sleep(_TABLES_SECONDS)
+    short = [{"role": "user", "content": content[-400:]}]
+    _send(cluster, Run("warm-up"), {**body, "messages": short, "max_tokens": 4}, view)
 
 
 def _send(cluster: Cluster, run: Run, body: dict[str, Any], view: LiveView) -> None:

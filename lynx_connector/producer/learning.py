@@ -15,13 +15,11 @@ from lynx_kernels.paged import PagedKVCache
 from lynx_connector.codec import CodecError, KltTables
 from lynx_connector.codec.klt_learner import TableLearner
 from lynx_connector.codec_cache import CodecCache
+from lynx_connector.config import FIRST_TABLES_TOKENS
 from lynx_connector.producer.tables import ProducerTables
 from lynx_connector.worker_context import WorkerContext
 
 logger = logging.getLogger("vllm.lynx.tables")
-
-FIRST_TABLES_TOKENS = 2048
-"""Tokens after which the first tables are built; the last ones follow at `learn_tokens`."""
 
 
 class Learner(Protocol):
@@ -126,7 +124,7 @@ def start_learning(
     if config.learn_tokens <= tables.learned_tokens:
         return None
     try:
-        learner = TableLearner(context.geometry, context.rotary)
+        learner = TableLearner(context.geometry, context.rotation)
     except CodecError as error:
         logger.warning("lynx: no tables can be learned for this model: %s", error)
         return None

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One running prefill/decode pair with a router for the whole session, and what tests ask of it.
 
-The pair uses `hadamard`, the default; `test_tables.py` has pairs of its own with `klt`. The sender
-is limited to LINK_MBIT, so that every transfer leaves time to draft. The decode instance recomputes
+The pair uses `klt`, the default, with tables learned before the first test, so that every request
+of a test has the same; `test_tables.py` watches pairs of its own learn. The sender is limited to LINK_MBIT, so that every transfer leaves time to draft. The decode instance recomputes
 what it cannot load; a second one, started where a test needs it, fails such requests.
 """
 
@@ -43,7 +43,7 @@ def pair(model, tmp_path_factory):
         link=loopback(LINK_MBIT),
         dtype="float32",
         prefill=Side(
-            lynx={"tables_dir": str(folder / "tables-prefill")},
+            lynx={"tables_dir": str(folder / "tables-prefill"), "learn_tokens": 2048},
             vllm_args=["--max-num-batched-tokens", str(PREFILL_CHUNK), "--served-model-name", "m"],
         ),
         decode=Side(
@@ -58,7 +58,9 @@ def pair(model, tmp_path_factory):
     )
     with cluster:
         cluster.start()
-        yield Pair(cluster)
+        pair = Pair(cluster)
+        pair.learn()
+        yield pair
 
 
 @pytest.fixture(scope="session")

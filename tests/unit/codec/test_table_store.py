@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lynx_connector.codec.klt_learner import TableLearner
 from lynx_kernels.paged import PagedKVCache, PageIndex
 
 from lynx_connector.codec import KVGeometry
 from lynx_connector.codec import table_store as module
+from lynx_connector.codec.klt_learner import TableLearner
 from lynx_connector.codec.table_store import TableStore, store_tables, tables_folder
 
 GEOMETRY = KVGeometry(1, 1, 64, "float32")
@@ -21,7 +21,7 @@ def make_tables(seed):
     torch.manual_seed(seed)
     index = PageIndex.rows(16, 64, 128)
     cache = PagedKVCache({"l": torch.randn(64, 1, 16, 128)}, 16, 1, 64, index)
-    learner = TableLearner(GEOMETRY, None)
+    learner = TableLearner(GEOMETRY)
     learner.observe(cache, np.random.default_rng(seed).permutation(1024)[: 1000 + seed], 0)
     return learner.build()
 

@@ -4,9 +4,9 @@
 import numpy as np
 import pytest
 import torch
-from lynx_connector.codec.exact import ExactTier
 
 from lynx_connector.codec import CodecError
+from lynx_connector.codec.exact import ExactTier
 
 from .worker_pair import changed, until, values
 

@@ -10,6 +10,7 @@ import time
 import numpy as np
 import torch
 from lynx_kernels.paged import PagedKVCache, PageIndex
+from lynx_kernels.rotation import NO_ROTATION
 
 from lynx_connector.codec import KVGeometry
 from lynx_connector.codec.klt_learner import TableLearner
@@ -48,7 +49,7 @@ def values(cache, slots):
 
 def learned(cache, tokens, dtype="float32"):
     """Tables of a learner that has seen `tokens` tokens of `cache`."""
-    learner = TableLearner(geometry(dtype), None)
+    learner = TableLearner(geometry(dtype))
     learner.observe(cache, np.arange(tokens), 0)
     return learner.build()
 
@@ -81,7 +82,7 @@ def context(loop, cache, config, dtype, size=1, rank=0):
         rank=rank,
         tensor_parallel_size=size,
         geometry=geometry(dtype),
-        rotary=None,
+        rotation=NO_ROTATION,
         cache=cache,
         block_size=BLOCK,
         loop=loop,
