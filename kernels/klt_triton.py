@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Codec `klt`, Triton: fused page -> tier rows and tier rows -> page, all layers and heads a launch.
+"""Codec `klt`, Triton: fused page -> tier rows and tier rows -> page, all layers in two launches.
 
 `klt.py` explains the operations. Reconstructions are equal bit for bit; K's codes may differ by one
 where a sum of the encoder was rounded otherwise. A program takes ROWS tokens of one head, since the
-KLT is a matrix product with that head's basis: on tensor cores when decoding, where levels (11 bits)
-and basis (10 bits) fit TF32 and every sum is an exact integer, in float32 when encoding.
+KLT is a matrix product with that head's basis: on tensor cores when decoding, where levels
+(11 bits) and basis (10 bits) fit TF32 and every sum is an exact integer, in float32 when encoding.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ class KltDevice:
     [L, 2, H, D]; unit: float32 [L, H]; span: float32 [L, H, D]; upper, lower: int32 [L, 2, H, D],
     bits in anchor and residual; their first bits in a vector's bytes: upper_start, lower_start;
     pair, partner: int32 [D], -1 and the element itself where nothing rotates; side: float32 [D],
-    1 for the first element of a pair, -1 for the second.
+    1 for the first element of a pair, -1 for the second. upper_map, lower_map: see `_map`; code9,
+    fine_levels, coarse_levels: V's code, levels of even components before those of odd ones.
     """
 
     code: KltCode
@@ -75,6 +76,11 @@ class KltDevice:
             "upper_start": _starts(code.anchor),
             "lower": code.lower.astype(np.int32),
             "lower_start": _starts(code.lower),
+            "upper_map": _map(code, "anchor"),
+            "lower_map": _map(code, "residual"),
+            "code9": code.fine.code9_of_grid.astype(np.int32),
+            "fine_levels": np.concatenate(code.v_levels(True)),
+            "coarse_levels": np.concatenate(code.v_levels(False)),
             "pair": pair,
             "partner": partner,
             "side": side,
@@ -97,10 +103,7 @@ def encode(
     code = layers.code
     tables = hadamard_tables(cache.head_dim)
     common = _arguments(cache, slots, layers, anchor, residual)
-    common |= {
-        "upper_map": device_table(_maps(code, "anchor"), cache.device),
-        "lower_map": device_table(_maps(code, "residual"), cache.device),
-    }
+    common |= {name: layers.tables[name] for name in ("upper_map", "lower_map")}
     names = ("analysis", "span", "pair", "partner", "side")
     grid = _grid(cache, slots)
     _encode_k[grid](
@@ -114,7 +117,7 @@ def encode(
         **common,
         norm=float(tables.norm),
         to_grid=device_table(tables.to_grid, cache.device),
-        code9=device_table(code.fine.code9_of_grid, cache.device).to(torch.int32),
+        code9=layers.tables["code9"],
         STAGES=tables.transform.bit_length() - 1,
         **OPTIONS,
     )
@@ -144,12 +147,11 @@ def decode(
         values=device_table(klt.scale_values(), cache.device),
         **OPTIONS,
     )
-    even, odd = (device_table(levels, cache.device) for levels in code.v_levels(refined))
     _decode_v[grid](
         **common,
         to_raw=device_table(tables.to_raw, cache.device),
-        levels=torch.cat((even, odd)),
-        num_even=len(even),
+        levels=layers.tables["fine_levels" if refined else "coarse_levels"],
+        num_even=len(code.v_levels(refined)[0]),
         STAGES=tables.transform.bit_length() - 1,
         **OPTIONS,
     )
@@ -196,23 +198,17 @@ def _starts(width: NDArray[np.int64]) -> NDArray[np.int32]:
     return (np.cumsum(width, axis=-1) - width).astype(np.int32)
 
 
-_cached_maps: dict[tuple[int, str], tuple[KltCode, NDArray[np.int32]]] = {}
-
-
-def _maps(code: KltCode, tier: str) -> NDArray[np.int32]:
+def _map(code: KltCode, tier: str) -> NDArray[np.int32]:
     """Where each bit of a vector's bytes comes from: element * 16 + bit, int32 [L, 2, H, D * 8].
 
     Rows of K and V have different lengths; what lies behind one is never read.
     """
-    key = (id(code), tier)
-    if key not in _cached_maps:
-        fields = [code.fields[f"{tier} {kv}"] for kv in "kv"]
-        source = np.zeros((*code.total.shape[:3], 8 * code.head_dim), np.int32)
-        for i, field in enumerate(fields):
-            number = field._element.numpy() * 16 + field._bit.numpy()
-            source[:, i, :, : number.shape[-1]] = number
-        _cached_maps[key] = (code, source)
-    return _cached_maps[key][1]
+    source = np.zeros((*code.total.shape[:3], 8 * code.head_dim), np.int32)
+    for i, kv in enumerate("kv"):
+        field = code.fields[f"{tier} {kv}"]
+        number = field.element.numpy() * 16 + field.bit.numpy()
+        source[:, i, :, : number.shape[-1]] = number
+    return source
 
 
 @triton.jit
@@ -320,7 +316,7 @@ def _put(
     DIM: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Pack codes int32 [ROWS, DIM] into BYTES bytes a vector; source: see `_maps`."""
+    """Pack codes int32 [ROWS, DIM] into BYTES bytes a vector; source: see `_map`."""
     _, valid = _tokens(num_tokens, ROWS)
     j = tl.arange(0, DIM)[None, :]
     source += _vector(KV, HEADS) * (8 * HEAD_DIM)
@@ -338,21 +334,20 @@ def _get(
     place,
     start,
     width,
+    d,
     num_tokens,
     KV: tl.constexpr,
     BYTES: tl.constexpr,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    DIM: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Fields int32 [ROWS, DIM] of each component: at most 11 bits, hence of three bytes."""
+    """Fields int32 [ROWS, n] of components d [1, n]: at most 11 bits, hence in three bytes."""
     _, valid = _tokens(num_tokens, ROWS)
-    d = tl.arange(0, DIM)[None, :]
     table = _vector(KV, HEADS) * HEAD_DIM + d
     first = tl.load(start + table, mask=d < HEAD_DIM, other=0)
     bits = tl.load(width + table, mask=d < HEAD_DIM, other=0)
-    word = tl.zeros((ROWS, DIM), tl.int32)
+    word = tl.zeros((ROWS, d.shape[1]), tl.int32)
     for byte in tl.static_range(3):
         at = (first >> 3) + byte
         there = valid[:, None] & (at < BYTES)
@@ -573,30 +568,26 @@ def _decode_k(
     head = tl.program_id(2) * HEADS + tl.program_id(1)
     d = tl.arange(0, DIM)[None, :]
     real = d < HEAD_DIM
-    place = _rows_of(
+    above = _rows_of(
         anchor, anchor_pitch, num_tokens, 0, True, HEADS, UPPER_BYTES, K_BYTES, V_BYTES, ROWS
     )
-    code = _get(
-        place, upper_start, upper, num_tokens, 0, UPPER_BYTES, HEADS, HEAD_DIM, DIM, ROWS
+    below = _rows_of(
+        residual, residual_pitch, num_tokens, 0, False, HEADS, UPPER_BYTES, K_BYTES, V_BYTES, ROWS
     )
-    lost = tl.load(lower + _vector(0, HEADS) * HEAD_DIM + d, mask=real, other=0)
-    if REFINED:
-        place = _rows_of(
-            residual, residual_pitch, num_tokens, 0, False, HEADS, UPPER_BYTES, K_BYTES, V_BYTES,
-            ROWS,
-        )  # fmt: skip
-        rest = _get(
-            place, lower_start, lower, num_tokens, 0, K_BYTES, HEADS, HEAD_DIM, DIM, ROWS
-        )
-        middle = (((code << lost) | rest) << 1) | 1
-    else:
-        middle = ((code << 1) | 1) << lost
-    wide = tl.load(span + head * HEAD_DIM + d, mask=real, other=0.0)
-    level = tl.where(real, middle.to(tl.float32) - wide, 0.0)
-    i = tl.arange(0, DIM)[:, None]
-    matrix = basis + (head * HEAD_DIM + i) * HEAD_DIM
-    there = (i < HEAD_DIM) & real
-    exact = tl.dot(level, tl.load(matrix + d, mask=there, other=0.0), input_precision="tf32")
+    exact = tl.zeros((ROWS, DIM), tl.float32)
+    for start in range(0, HEAD_DIM, CHUNK):
+        i = start + tl.arange(0, CHUNK)[None, :]
+        code = _get(above, upper_start, upper, i, num_tokens, 0, UPPER_BYTES, HEADS, HEAD_DIM, ROWS)
+        lost = tl.load(lower + _vector(0, HEADS) * HEAD_DIM + i)
+        if REFINED:
+            rest = _get(below, lower_start, lower, i, num_tokens, 0, K_BYTES, HEADS, HEAD_DIM, ROWS)
+            middle = (((code << lost) | rest) << 1) | 1
+        else:
+            middle = ((code << 1) | 1) << lost
+        level = middle.to(tl.float32) - tl.load(span + head * HEAD_DIM + i)
+        row = start + tl.arange(0, CHUNK)[:, None]
+        matrix = tl.load(basis + (head * HEAD_DIM + row) * HEAD_DIM + d, mask=real, other=0.0)
+        exact = tl.dot(level, matrix, exact, input_precision="tf32")
     swapped = tl.load(partner + d, mask=real, other=0)
     valid = _tokens(num_tokens, ROWS)[1]
     scales = _scales_of(anchor, anchor_pitch, num_tokens, 0, HEADS, UPPER_BYTES, ROWS)
@@ -654,17 +645,13 @@ def _decode_v(
     place = _rows_of(
         anchor, anchor_pitch, num_tokens, 1, True, HEADS, UPPER_BYTES, K_BYTES, V_BYTES, ROWS
     )
-    code = _get(
-        place, upper_start, upper, num_tokens, 1, UPPER_BYTES, HEADS, HEAD_DIM, DIM, ROWS
-    )
+    code = _get(place, upper_start, upper, d, num_tokens, 1, UPPER_BYTES, HEADS, HEAD_DIM, ROWS)
     if REFINED:
         place = _rows_of(
             residual, residual_pitch, num_tokens, 1, False, HEADS, UPPER_BYTES, K_BYTES, V_BYTES,
             ROWS,
         )  # fmt: skip
-        rest = _get(
-            place, lower_start, lower, num_tokens, 1, V_BYTES, HEADS, HEAD_DIM, DIM, ROWS
-        )
+        rest = _get(place, lower_start, lower, d, num_tokens, 1, V_BYTES, HEADS, HEAD_DIM, ROWS)
         lost = tl.load(lower + _vector(1, HEADS) * HEAD_DIM + d, mask=real, other=0)
         code = (code << lost) | rest
     _, valid = _tokens(num_tokens, ROWS)
