@@ -32,7 +32,7 @@ from lynx_kernels.tile_triton import (
 )
 from numpy.typing import NDArray
 
-_ROWS = 32
+_TILE_ELEMENTS, _MAX_ROWS = 4096, 32
 _CHUNK = 16  # components whose basis is in shared memory at once
 
 _STEP_MANTISSAS = tl.constexpr(tuple(int(mantissa) for mantissa in hadamard.STEP_MANTISSAS))
@@ -135,7 +135,7 @@ def decode(
     code = layers.code
     tables = hadamard_tables(cache.head_dim)
     refined = residual is not None
-    common = _arguments(cache, slots, layers, anchor, residual if refined else anchor)
+    common = _arguments(cache, slots, layers, anchor, anchor if residual is None else residual)
     common |= {name: layers.tables[name] for name in ("upper", "upper_start", "lower_start")}
     common |= {"lower": layers.tables["lower"], "REFINED": refined}
     names = ("basis", "unit", "span", "pair", "partner", "side")
@@ -158,7 +158,11 @@ def decode(
 
 
 def _grid(cache: PagedKVCache, slots: torch.Tensor) -> tuple[int, int, int]:
-    return max(1, triton.cdiv(len(slots), _ROWS)), cache.num_kv_heads, cache.num_layers
+    return max(1, triton.cdiv(len(slots), _rows(cache))), cache.num_kv_heads, cache.num_layers
+
+
+def _rows(cache: PagedKVCache) -> int:
+    return min(_MAX_ROWS, _TILE_ELEMENTS // triton.next_power_of_2(cache.head_dim))
 
 
 def _arguments(
@@ -178,7 +182,7 @@ def _arguments(
         "UPPER_BYTES": upper,
         "K_BYTES": k_bytes,
         "V_BYTES": v_bytes,
-        "ROWS": _ROWS,
+        "ROWS": _rows(cache),
         "CHUNK": _CHUNK,
     }
 
@@ -321,7 +325,7 @@ def _put(
     j = tl.arange(0, DIM)[None, :]
     source += _vector(KV, HEADS) * (8 * HEAD_DIM)
     byte = tl.zeros((ROWS, DIM), tl.int32)
-    for bit in tl.static_range(8):
+    for bit in range(8):  # a loop: unrolled it takes most of a minute to compile
         number = tl.load(source + j * 8 + bit, mask=j < BYTES, other=0)
         number = tl.broadcast_to(number, (ROWS, DIM))
         byte |= ((tl.gather(code, number >> 4, 1) >> (number & 15)) & 1) << bit
