@@ -205,14 +205,14 @@ class BitFields:
         bit = np.arange(count) - start
         bit += np.take_along_axis(bottom.reshape(width.shape), element, axis=1)
         shape = (*top.shape[:2], count)
-        self._element = torch.from_numpy(element.reshape(shape))
-        self._bit = torch.from_numpy(bit.reshape(shape))
+        self.element = torch.from_numpy(element.reshape(shape))
+        self.bit = torch.from_numpy(bit.reshape(shape))
         self._head_dim = top.shape[-1]
 
     def pack(self, code: torch.Tensor) -> torch.Tensor:
         """Codes [T, L, H, D] -> uint8 [T, L, H, bytes]."""
-        element = self._element.to(code.device).expand(len(code), *self._element.shape)
-        bits = (code.gather(-1, element) >> self._bit.to(code.device)) & 1
+        element = self.element.to(code.device).expand(len(code), *self.element.shape)
+        bits = (code.gather(-1, element) >> self.bit.to(code.device)) & 1
         weights = 1 << torch.arange(8, device=code.device)
         return (bits.unflatten(-1, (-1, 8)) * weights).sum(-1).to(torch.uint8)
 
@@ -220,10 +220,10 @@ class BitFields:
         """uint8 [T, L, H, bytes] -> int64 [T, L, H, D]; bits that are not here are zero."""
         places = torch.arange(8, device=packed.device)
         bits = ((packed.unsqueeze(-1) >> places) & 1).flatten(-2).long()
-        element = self._element.to(packed.device).expand(bits.shape)
+        element = self.element.to(packed.device).expand(bits.shape)
         code = torch.zeros((*packed.shape[:-1], self._head_dim), dtype=torch.int64)
         code = code.to(packed.device)
-        return code.scatter_add_(-1, element, bits << self._bit.to(packed.device))
+        return code.scatter_add_(-1, element, bits << self.bit.to(packed.device))
 
 
 def _k_scales(relative: torch.Tensor) -> torch.Tensor:

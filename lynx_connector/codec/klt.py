@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
@@ -22,6 +22,9 @@ from numpy.typing import NDArray
 
 from lynx_connector.codec.base import Codec, CodecError, KVGeometry, Rows, Tier
 from lynx_connector.codec.klt_tables import ANCHOR_BITS, KltTables
+
+if TYPE_CHECKING:
+    from lynx_kernels.klt_triton import KltDevice
 
 _TOKENS = 64  # that the torch reference takes at once, to bound its scratch memory
 
@@ -45,6 +48,7 @@ class KltCodec(Codec):
         self.tables, self.anchor_bits = tables, anchor_bits
         self._code = tables.code(anchor_bits)
         self._scales = geometry.vectors_per_token
+        self._devices: dict[torch.device, KltDevice] = {}
 
     @classmethod
     def row_widths(cls, geometry: KVGeometry, anchor_bits: int) -> dict[Tier, int]:
@@ -82,6 +86,41 @@ class KltCodec(Codec):
     def warmup(self, cache: PagedKVCache | None = None) -> None:
         if cache is None or cache.device.type == "cpu":
             klt_cpu.compile_kernels(self.dtype.itemsize)
+        else:
+            super().warmup(cache)
+
+    def _on_device(self, device: torch.device) -> KltDevice:
+        from lynx_kernels.klt_triton import KltDevice
+
+        if device not in self._devices:
+            self._devices[device] = KltDevice.of(self._code, device)
+        return self._devices[device]
+
+    def encode_device(
+        self,
+        cache: PagedKVCache,
+        slots: torch.Tensor,
+        out: Mapping[Tier, torch.Tensor],
+        first_position: int = 0,
+    ) -> None:
+        from lynx_kernels import klt_triton
+
+        layers = self._on_device(cache.device)
+        rows = out[Tier.ANCHOR], out[Tier.RESIDUAL]
+        klt_triton.encode(cache, slots, layers, *rows, first_position)
+
+    def decode_device(
+        self,
+        tiers: Sequence[torch.Tensor],
+        cache: PagedKVCache,
+        slots: torch.Tensor,
+        first_position: int = 0,
+    ) -> None:
+        from lynx_kernels import klt_triton
+
+        layers = self._on_device(cache.device)
+        residual = tiers[1] if len(tiers) == 2 else None
+        klt_triton.decode(cache, slots, layers, tiers[0], residual, first_position)
 
     @functools.cached_property
     def _layers(self) -> klt_cpu.KltLayers:

@@ -31,6 +31,13 @@ from tests.unit.conftest import build_cache
 from tests.unit.kernels.triton_cases import CASES, codec_of
 
 HERE = Path(__file__).parent
+MODULES = {
+    "klt": "klt_triton",
+    "hadamard": "hadamard_triton",
+    "bf16": "raw_triton",
+    "int8": "uniform_triton",
+    "int4": "uniform_triton",
+}
 HOPPER = GPUTarget("cuda", 90, 32)
 
 
@@ -90,27 +97,30 @@ def _compile(kernel: Any, arguments: dict[str, Any]) -> Any:
 
 @pytest.mark.skipif("nvidia" not in backends, reason="Triton was built without its NVIDIA backend")
 @pytest.mark.parametrize(
-    ("name", "module"),
+    ("name", "module", "head_dim", "layout", "dtype"),
     [
-        ("hadamard", "hadamard_triton"),
-        ("bf16", "raw_triton"),
-        ("int8", "uniform_triton"),
-        ("int4", "uniform_triton"),
+        (name, module, *shape)
+        for name, module in MODULES.items()
+        for shape in (
+            (128, "flash", "bfloat16"),
+            (80, "cpu_vec", "float16"),
+            (96, "flash", "float32"),
+        )
+        if name != "klt" or shape[0] == 128  # klt takes a quarter of a minute
     ],
-)
-@pytest.mark.parametrize(
-    ("head_dim", "layout", "dtype"),
-    [(128, "flash", "bfloat16"), (80, "cpu_vec", "float16"), (96, "flash", "float32")],
 )
 def test_compiled_kernels_round_as_the_reference_does(
     monkeypatch, name: str, module: str, head_dim: int, layout: str, dtype: str
 ) -> None:
-    """No fused multiply-add, no flushed denormals, no approximate division."""
+    """No fused multiply-add, no flushed denormals, no approximate division.
+
+    klt's matrix product may fuse when encoding; when decoding its sums are exact.
+    """
     kernels = importlib.import_module(f"lynx_kernels.{module}")
     found = {
         key: value
         for key, value in vars(kernels).items()
-        if isinstance(value, triton.JITFunction) and key in ("_encode", "_decode", "_copy")
+        if isinstance(value, triton.JITFunction) and key.startswith(("_encode", "_decode", "_copy"))
     }
     launches = {key: _Launch(kernel) for key, kernel in found.items()}
     for key, launch in launches.items():
@@ -123,10 +133,11 @@ def test_compiled_kernels_round_as_the_reference_does(
     for count in range(1, len(rows) + 1):
         codec.decode_device(rows[:count], cache, slots)
     compiled = [
-        _compile(launch.kernel, arguments)
-        for launch in launches.values()
+        (key, _compile(launch.kernel, arguments).asm["ptx"])
+        for key, launch in launches.items()
         for arguments in launch.launches
     ]
-    assert len(compiled) == 1 + len(rows)
-    for kernel in compiled:
-        assert not re.search(r"fma\.rn\.f32|\.ftz|div\.(full|approx)", kernel.asm["ptx"])
+    assert len(compiled) == (1 + len(rows)) * (2 if name == "klt" else 1)  # K and V apart
+    for key, code in compiled:
+        assert key == "_encode_k" or "fma.rn.f32" not in code
+        assert not re.search(r"\.ftz|div\.(full|approx)", code)

@@ -8,6 +8,8 @@ case -> "" or what differs. Where there is a CUDA device the same cases run in t
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 import sys
 import traceback
@@ -20,13 +22,15 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[3]))
 
 from lynx_kernels.paged import PagedKVCache
+from lynx_kernels.rotation import Rotation
 
-from lynx_connector.codec import Codec, KVGeometry, get_codec
+from lynx_connector.codec import Codec, KltTables, KVGeometry, get_codec
 from lynx_connector.codec import device as device_path
 from lynx_connector.codec.base import DTYPES
+from lynx_connector.codec.klt_learner import TableLearner
 from tests.unit.conftest import build_cache
 
-CODECS = ("hadamard", "bf16", "int8", "int4")
+CODECS = ("klt", "hadamard", "bf16", "int8", "int4")
 # head_dim, block size, heads, layout; the layouts are those of build_cache.
 SHAPES = (
     (64, 16, 3, "flash_token_major"),
@@ -55,7 +59,20 @@ def on(cache: PagedKVCache, device: str) -> PagedKVCache:
 
 def codec_of(name: str, cache: PagedKVCache) -> Codec:
     dtype = str(cache.dtype).removeprefix("torch.")
-    return get_codec(name, KVGeometry(cache.num_layers, cache.num_kv_heads, cache.head_dim, dtype))
+    geometry = KVGeometry(cache.num_layers, cache.num_kv_heads, cache.head_dim, dtype)
+    return get_codec(name, geometry, tables=learned(geometry) if name == "klt" else None)
+
+
+@functools.cache
+def learned(geometry: KVGeometry) -> KltTables:
+    """Tables from noise, with a rotation of half of the elements."""
+    shape = {"heads": geometry.num_kv_heads, "head_dim": geometry.head_dim, "blocks": 20}
+    cache = build_cache(layers=geometry.num_layers, dtype=DTYPES[geometry.dtype], **shape)
+    learner = TableLearner(geometry)
+    learner.observe(cache, np.arange(cache.num_slots), 0)
+    steps = np.random.default_rng(1).integers(0, 2**32, geometry.head_dim // 4)
+    rotation = Rotation(tuple(steps.tolist()), is_neox=geometry.head_dim % 32 == 0)
+    return dataclasses.replace(learner.build(), rotation=rotation)
 
 
 def everything(cache: PagedKVCache) -> torch.Tensor:
@@ -80,7 +97,9 @@ def check(codec: Codec, make: Callable[[int], PagedKVCache], slots: np.ndarray) 
     device_path.encode(codec, cache, slots, out, 3)
     expected = codec.encode_values(values, 3)
     for tier in codec.tiers:
-        np.testing.assert_array_equal(out[tier], expected[tier].numpy(), err_msg=tier.name)
+        differ = (out[tier] != expected[tier].numpy()).mean()
+        # klt's encoder may round a sum otherwise; what is made of its codes may not differ.
+        assert differ <= (0.01 if codec.name == "klt" else 0), f"{tier.name}: {differ:.2%} differ"
     for count in range(1, len(codec.tiers) + 1):
         rows = [out[tier] for tier in codec.tiers[:count]]
         cache = make(1)
@@ -92,7 +111,9 @@ def check(codec: Codec, make: Callable[[int], PagedKVCache], slots: np.ndarray) 
 
 def shapes(codec: str, dtype: str, device: str) -> None:
     """Every head size, layout and odd block size; permuted slots, a tail, poisoned vectors."""
-    for head_dim, block_size, heads, layout in SHAPES:
+    # klt takes long to interpret: it goes through all shapes once, not once for every dtype.
+    step, first = (3, list(DTYPES).index(dtype)) if codec == "klt" else (1, 0)
+    for head_dim, block_size, heads, layout in SHAPES[first::step]:
 
         def make(
             seed: int, d: int = head_dim, n: int = block_size, h: int = heads, form: str = layout
@@ -184,7 +205,8 @@ CASES: dict[str, tuple[Callable[[str, str, str], None], str, str]] = {
     for case in (shapes, magnitudes, cut_chunks)
     for codec in CODECS
     for dtype in DTYPES
-    if case is not cut_chunks or dtype == "bfloat16"
+    if (case is not cut_chunks or dtype == "bfloat16")
+    and (case is not magnitudes or codec != "klt")
 }
 
 
