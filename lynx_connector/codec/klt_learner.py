@@ -14,7 +14,6 @@ from lynx_connector.codec.base import CodecError, KVGeometry
 from lynx_connector.codec.klt_tables import ANCHOR_BITS, BASIS_LIMIT, KltTables
 
 
-
 class TableLearner:
     """Accumulates statistics of K and V in float64; not thread-safe.
 

@@ -43,7 +43,8 @@ def test_prompt_lengths(pair, length):
     """Shorter than a block of 128, exactly one and two, one more, several prefill chunks, long."""
     ids = [(i * 7919) % 20000 + 1000 for i in range(length)]
     since = pair.mark()
-    pair.assert_same(ids, max_tokens=24, ignore_eos=True)
+    # All but three of 20 tokens travel exact: both tiers of those may land in one step.
+    pair.assert_same(ids, must_draft=length > 20, max_tokens=24, ignore_eos=True)
     admitted = [e for e in pair.events(since, "admitted") if e["start"] == "speculative"]
     assert admitted[0]["prompt_tokens"] == length
 

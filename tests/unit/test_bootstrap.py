@@ -20,6 +20,8 @@ from lynx_connector.protocol import MooncakeLeg
 from .test_scheduler_halves import (
     BLOCK,
     NO_EVENTS,
+    SHAPE,
+    Planner,
     Status,
     admit,
     blocks,
@@ -49,7 +51,10 @@ def client():
 @pytest.fixture
 def producer(server):
     config = LynxConfig(codec="hadamard")
-    half = ProducerScheduler(config, "engine", "10.0.0.1", 1, BLOCK, NO_EVENTS, bootstrap=server)
+    planner = Planner(False, SHAPE, "gpu")
+    half = ProducerScheduler(
+        config, "engine", "10.0.0.1", 1, BLOCK, NO_EVENTS, planner, bootstrap=server
+    )
     half.set_workers([7600], [""])
     return half
 

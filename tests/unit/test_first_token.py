@@ -2,11 +2,19 @@
 """Handing over the prefill's token: by whom, to whom, and when not. On plain objects."""
 
 import pytest
+
+from lynx_connector import first_token
+from lynx_connector.config import LynxConfig
+from lynx_connector.metadata import LynxWorkerMetadata
+from lynx_connector.producer.scheduler import ProducerScheduler
+
 from .test_scheduler_halves import (
     BLOCK,
     NO_EVENTS,
     PREFILL,
+    SHAPE,
     TOKEN,
+    Planner,
     Sampling,
     admit,
     consumer,
@@ -15,11 +23,6 @@ from .test_scheduler_halves import (
     request,
     step,
 )
-
-from lynx_connector import first_token
-from lynx_connector.config import LynxConfig
-from lynx_connector.metadata import LynxWorkerMetadata
-from lynx_connector.producer.scheduler import ProducerScheduler
 
 NUCLEUS = {"temperature": 0.8, "top_p": 0.9}
 
@@ -43,6 +46,7 @@ def reply(one, *, v2=False, custom_logits=False, **config):
         1,
         BLOCK,
         NO_EVENTS,
+        Planner(False, SHAPE, "gpu"),
         v2_runner=v2,
         custom_logits=custom_logits,
     )
