@@ -59,7 +59,7 @@ def test_prefill_that_failed_ends_the_transfer_with_its_cause(producer, consumer
 def test_only_the_first_rank_carries_the_token(producer):
     one = producer()
     chunks_but_the_last(one, one.plan())
-    one.worker._rank = 1
+    one.worker.rank = 1
     settle(one, 42)
     assert one.worker._store.lookup("t-r").outcome is None
     settle(one, None, "prefill was aborted")

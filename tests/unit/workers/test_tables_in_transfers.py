@@ -177,8 +177,8 @@ def test_tables_that_the_producer_has_lost(warm, consumer, tables, monkeypatch):
 
 
 def test_tables_that_never_come(warm, consumer, tables, monkeypatch):
-    async def nothing(self, digest, window):
-        pass
+    def nothing(self, max_bytes):
+        self._taken = True
 
     monkeypatch.setattr(sources.TablesSource, "take", nothing)
     one = consumer(transfer_timeout_seconds=1)
@@ -188,8 +188,8 @@ def test_tables_that_never_come(warm, consumer, tables, monkeypatch):
 
 
 def test_cancelled_while_waiting_for_tables(warm, consumer, tables, monkeypatch):
-    async def nothing(self, digest, window):
-        pass
+    def nothing(self, max_bytes):
+        self._taken = True
 
     monkeypatch.setattr(sources.TablesSource, "take", nothing)
     one, plan = consumer(), warm.plan("klt", [tables.digest])
