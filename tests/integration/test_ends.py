@@ -86,11 +86,11 @@ def test_forced_preemption_while_drafting(pair):
 
 def test_forced_preemption_while_verifying(pair):
     """Rows go out in groups of 8, so that a preemption can fall between two of them."""
-    text = prompt(123, items=60)
+    text = prompt(123, items=120)
     body = {"max_tokens": 60, "ignore_eos": True, "logprobs": 0}
     expected = tokens(pair.completion(text, **body))
     pair.forget()
-    for _ in range(6):
+    for _ in range(10):
         found = preempted_at(pair, text, "verify_started", expected, **body)
         if found and found[0]["state"] == "verifying":
             return

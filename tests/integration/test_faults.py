@@ -10,7 +10,7 @@ import time
 import httpx
 import pytest
 
-from lynx_connector.transport import server as server_module
+from lynx_connector.transport import sources
 
 from .pair import prompt, tokens
 from .rogue import RogueProducer, compatibility_of, handoff
@@ -142,7 +142,7 @@ def test_other_model(pair, strict_decode, reference, other_model):
 
 
 def test_corrupt_anchor(pair, strict_decode, reference, rogue, monkeypatch):
-    monkeypatch.setattr(server_module, "checksum", lambda payload: 1)
+    monkeypatch.setattr(sources, "checksum", lambda payload: 1)
     check_both(
         pair, strict_decode, reference, lambda: rogue.handoff(reference[0]), "corrupt anchor frame"
     )
@@ -151,13 +151,13 @@ def test_corrupt_anchor(pair, strict_decode, reference, rogue, monkeypatch):
 
 def test_corrupt_residual_while_drafting(pair, strict_decode, reference, rogue, monkeypatch):
     """Drafts from noise were made, none of them may come out."""
-    whole = server_module.checksum
+    whole = sources.checksum
     anchor = [rogue._exact.bytes_per_token(0), rogue._codec.bytes_per_token(0)]
 
     def checksum(payload):
         return whole(payload) if any(payload.nbytes % width == 0 for width in anchor) else 1
 
-    monkeypatch.setattr(server_module, "checksum", checksum)
+    monkeypatch.setattr(sources, "checksum", checksum)
     since = pair.mark()
     check_both(
         pair,
