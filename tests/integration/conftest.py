@@ -49,6 +49,7 @@ def pair(model, tmp_path_factory):
                 "tables_dir": str(folder / "tables-prefill"),
                 "learn_tokens": 2048,
                 "plan": "fixed",
+                "early_reply": False,  # a streamed transfer leaves no time to draft
                 "bootstrap_port": bootstrap,
             },
             vllm_args=["--max-num-batched-tokens", str(PREFILL_CHUNK), "--served-model-name", "m"],

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prefills that are answered when they begin, behind stock routers and without one."""
 
+import copy
 import json
 import time
 
@@ -16,15 +17,15 @@ from .pair import post, prompt, tokens
 from .test_ends import leave_at
 
 
-class LatePrefill:
-    """A prefill server that answers when a prefill has ended."""
+class EarlyPrefill:
+    """A prefill server that answers when a prefill begins, with the tables of the session's pair."""
 
-    def __init__(self, model, folder):
+    def __init__(self, model, folder, pair):
         self.bootstrap_port = free_port()
         lynx = {
-            "early_reply": False,
             "bootstrap_port": self.bootstrap_port,
-            "tables_dir": str(folder / "tables"),
+            "learn_tokens": 2048,
+            "tables_dir": str(pair.prefill_events.parent / "tables-prefill"),
         }
         arguments = ["--max-num-batched-tokens", str(PREFILL_CHUNK), "--served-model-name", "m"]
         side = Side(lynx=lynx, vllm_args=arguments)
@@ -35,29 +36,31 @@ class LatePrefill:
 
 
 @pytest.fixture(scope="module")
-def late(model, tmp_path_factory):
-    prefill = LatePrefill(model, tmp_path_factory.mktemp("late"))
+def early(model, pair, tmp_path_factory):
+    """The session's pair with another prefill server."""
+    prefill = EarlyPrefill(model, tmp_path_factory.mktemp("early"), pair)
     prefill.server.start()
+    view = copy.copy(pair)
+    view.prefill_url, view.prefill_events = prefill.server.url, prefill.events_path
+    view.bootstrap_port = prefill.bootstrap_port
     try:
         prefill.server.wait_ready(300)
-        yield prefill
+        yield view
     finally:
         prefill.server.stop()
 
 
 @pytest.fixture
-def routed(request, pair, tmp_path):
-    """(router's URL, prefill's events file, whether its replies are early)."""
-    shape, early = request.param
-    late = None if early else request.getfixturevalue("late")
-    url = late.server.url if late else pair.prefill_url
-    events = late.events_path if late else pair.prefill_events
-    port = (late or pair).bootstrap_port if shape == "mooncake" else 0
-    router = router_process(url, pair.url, tmp_path / "router.log", port)
+def routed(request, pair, early, tmp_path):
+    """(pair, router's URL, whether replies are early)."""
+    shape, is_early = request.param
+    behind = early if is_early else pair
+    port = behind.bootstrap_port if shape == "mooncake" else 0
+    router = router_process(behind.prefill_url, behind.url, tmp_path / "router.log", port)
     router.start()
     try:
         router.wait_ready(60)
-        yield router.url, events, early
+        yield behind, router.url, is_early
     finally:
         router.stop()
 
@@ -88,8 +91,8 @@ def events_of(path, name):
     ids=lambda value: f"{value[0]}-{'early' if value[1] else 'late'}",
     indirect=True,
 )
-def test_both_handoffs_of_a_stock_router(pair, routed):
-    url, events, early = routed
+def test_both_handoffs_of_a_stock_router(routed):
+    pair, url, is_early = routed
     text = prompt(301, items=90)
     expected = reference(pair, text)
     body = {"model": "m", "prompt": text, "temperature": 0, "max_tokens": 32}
@@ -98,50 +101,50 @@ def test_both_handoffs_of_a_stock_router(pair, routed):
     pair.forget()
     assert tokens(answer) == tokens(expected)
     assert answer["usage"] == expected["usage"]
-    assert events_of(events, "handoff")[-1]["early"] is early
+    assert events_of(pair.prefill_events, "handoff")[-1]["early"] is is_early
     assert pair.events(since, "verified")
     assert not pair.events(since, "failed")
 
 
-def test_tiers_travel_while_the_prefill_runs(pair):
+def test_tiers_travel_while_the_prefill_runs(early):
     text = prompt(302, items=200)
-    expected = tokens(reference(pair, text))
-    since = pair.mark()
-    answer = pair.lynx(text)
-    (admitted,) = pair.events(since, "admitted")
-    frame = pair.events(since, "frame")[0]
+    expected = tokens(reference(early, text))
+    since = early.mark()
+    answer = early.lynx(text)
+    (admitted,) = early.events(since, "admitted")
+    frame = early.events(since, "frame")[0]
     (prefilled,) = [
         event
-        for event in pair.prefill_events_of(admitted["transfer"])
+        for event in early.prefill_events_of(admitted["transfer"])
         if event["event"] == "prefilled"
     ]
     assert frame["t"] < prefilled["t"]
     assert tokens(answer) == expected
-    pair.forget()
+    early.forget()
 
 
-def test_client_gone_while_the_prefill_runs(pair):
+def test_client_gone_while_the_prefill_runs(early):
     """The router's prefill leg was answered long ago: the decode leg's end ends the prefill."""
-    since = leave_at(pair, prompt(303, items=400), "frame")
-    transfer = pair.wait_for(since, "finished")["transfer"]
-    pair.assert_idle()
-    events = {event["event"]: event for event in pair.prefill_events_of(transfer)}
+    since = leave_at(early, prompt(303, items=400), "frame")
+    transfer = early.wait_for(since, "finished")["transfer"]
+    early.assert_idle()
+    events = {event["event"]: event for event in early.prefill_events_of(transfer)}
     assert "FINISHED_ABORTED" in events["prefilled"]["cause"]
     encoded = events["chunk_encoded"]["tokens_done"]
     assert encoded < events["prefill_started"]["prompt_tokens"]
-    pair.forget()
+    early.forget()
 
 
-def test_prefill_preempted_after_its_early_reply(pair):
+def test_prefill_preempted_after_its_early_reply(early):
     text = prompt(304, items=200)
-    expected = tokens(reference(pair, text, ignore_eos=True))
-    since = pair.mark()
+    expected = tokens(reference(early, text, ignore_eos=True))
+    since = early.mark()
 
     def disturb():
-        pair.wait_for(since, "frame")
-        assert _reset(pair.prefill_url, reset_running_requests="true")
+        early.wait_for(since, "frame")
+        assert _reset(early.prefill_url, reset_running_requests="true")
 
-    answer, _ = pair.many([lambda: pair.lynx(text, ignore_eos=True), disturb])
+    answer, _ = early.many([lambda: early.lynx(text, ignore_eos=True), disturb])
     assert tokens(answer) == expected
-    assert not pair.events(since, "failed")
-    pair.forget()
+    assert not early.events(since, "failed")
+    early.forget()
