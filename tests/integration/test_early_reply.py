@@ -18,7 +18,7 @@ from .test_ends import leave_at
 
 
 class EarlyPrefill:
-    """A prefill server that answers when a prefill begins, with the tables of the session's pair."""
+    """A prefill server that answers when a prefill begins; it has the session pair's tables."""
 
     def __init__(self, model, folder, pair):
         self.bootstrap_port = free_port()
