@@ -7,7 +7,7 @@ import time
 import httpx
 import pytest
 
-from lynx_connector.transport import server as server_module
+from lynx_connector.transport import sources
 
 from .pair import TIMEOUT, prompt, tokens
 from .rogue import RogueProducer, compatibility_of
@@ -129,7 +129,7 @@ def test_transfer_that_fails_after_the_first_token(pair, strict_decode, ucx_loop
     sampling = pair.prefill_and_drop(text)["lynx"]["sampling"]
     pair.forget()
     producer = RogueProducer(ucx_loop, compatibility_of(pair.cluster.prefill.log), link_mbit=4)
-    monkeypatch.setattr(server_module, "checksum", lambda payload: 1)
+    monkeypatch.setattr(sources, "checksum", lambda payload: 1)
     try:
 
         def handoff():
