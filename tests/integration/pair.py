@@ -94,7 +94,7 @@ class DecodeServer:
 class Pair(DecodeServer):
     """The session's servers."""
 
-    def __init__(self, cluster: Cluster, bootstrap_port: int):
+    def __init__(self, cluster: Cluster, bootstrap_port: int | None = None):
         self.cluster = cluster
         self.bootstrap_port = bootstrap_port
         self.url = cluster.decode.url

@@ -27,6 +27,7 @@ def cold_pair(model, folder, **lynx):
     learning = {
         "codec": "klt",
         "plan": "fixed",
+        "early_reply": False,  # a streamed transfer leaves no time to draft
         "tables_dir": str(folder / "tables-prefill"),
         "learn_tokens": LEARN_TOKENS,
     }
