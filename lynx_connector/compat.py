@@ -5,6 +5,7 @@ The only module beside `connector.py` and `scheduler/` that imports vLLM's unsta
 """
 
 import logging
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -46,6 +47,7 @@ __all__ = [
     "has_lynx_scheduler",
     "key_rotation",
     "resolve_start",
+    "tap_queries",
     "warm_up_verification",
 ]
 
@@ -179,6 +181,46 @@ def key_rotation(head_dim: int) -> Rotation:
         len(found),
     )
     return NO_ROTATION
+
+
+def tap_queries(
+    vllm_config: "VllmConfig", layer_names: Sequence[str], see: Callable[[int, Any, Any], None]
+) -> Callable[[], None]:
+    """Show each layer's index, query [tokens, heads, D] and slot mapping to `see`, on every pass
+    that is not a CUDA graph's; returns what ends that.
+
+    vLLM looks `impl.forward` up for every pass, compiled or not, inside its custom op
+    (model_executor/layers/attention/attention.py, unified_attention_with_output).
+    """
+    layers = vllm_config.compilation_config.static_forward_context
+    tapped = [layers[name].impl for name in layer_names]
+
+    def tap(index: int, original: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(
+            layer: Any,
+            query: Any,
+            key: Any,
+            value: Any,
+            cache: Any,
+            metadata: Any,
+            *args: Any,
+            **kw: Any,
+        ) -> Any:
+            slots = getattr(metadata, "slot_mapping", None)
+            if slots is not None:
+                see(index, query, slots)
+            return original(layer, query, key, value, cache, metadata, *args, **kw)
+
+        return forward
+
+    for index, impl in enumerate(tapped):
+        impl.forward = tap(index, impl.forward)
+
+    def untap() -> None:
+        for impl in tapped:
+            vars(impl).pop("forward", None)
+
+    return untap
 
 
 def warm_up_verification(vllm_config: "VllmConfig", device: "torch.device") -> None:

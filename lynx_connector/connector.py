@@ -9,6 +9,7 @@ Source of the interface: vllm/distributed/kv_transfer/kv_connector/v1/base.py.
 """
 
 import dataclasses
+import functools
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -255,6 +256,7 @@ class LynxConnector(KVConnectorBase_V1):
             block_size=self._block_size,
             loop=self._loop,
             events=self._events,
+            tap_queries=functools.partial(compat.tap_queries, vllm_config, list(kv_caches)),
         )
         if transfer.is_kv_producer:
             self._producer_worker = ProducerWorker(context)
@@ -277,6 +279,8 @@ class LynxConnector(KVConnectorBase_V1):
             self._consumer_worker.apply_cancellations(kv_connector_metadata)
 
     def start_load_kv(self, forward_context: "ForwardContext", **kwargs: Any) -> None:
+        if self._producer_worker:
+            self._producer_worker.expect(self._get_connector_metadata())
         if self._consumer_worker:
             self._consumer_worker.step(self._get_connector_metadata())
 

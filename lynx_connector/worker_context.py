@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the two worker halves of one process share."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from lynx_kernels.paged import PagedKVCache
 from lynx_kernels.rotation import Rotation
@@ -30,3 +32,5 @@ class WorkerContext:
     """vLLM's block size in tokens."""
     loop: TransportLoop
     events: EventLog
+    tap_queries: Callable[[Callable[[int, Any, Any], None]], Callable[[], None]] | None = None
+    """Shows attention's queries, as `QuerySampler` wants; None where nothing can."""

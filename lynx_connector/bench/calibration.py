@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
+
 from lynx_connector.bench.errors import BenchError
 from lynx_connector.bench.hf_model import HFModel, load_config
 from lynx_connector.bench.learning import observe
@@ -81,11 +83,12 @@ def calibrate(
         began = time.monotonic()
         prompt = build_prompts(model.tokenizer, file, min(room, longest), 1).prompts[0]
         model.check_length(len(prompt))
-        values = model.prefill(prompt[:room])
+        values, queries = model.prefill_for_learning(prompt[:room])
         prefilling += time.monotonic() - began
         for rank, learner in enumerate(learners):
             began = time.monotonic()
-            observe(learner, values[:, :, :, rank * heads : (rank + 1) * heads])
+            own = slice(rank * heads, (rank + 1) * heads)
+            observe(learner, values[:, :, :, own], _query_heads(queries, whole, own))
             learning[rank] += time.monotonic() - began
     if learners[0].tokens < MIN_LEARN_TOKENS:
         raise BenchError(
@@ -100,6 +103,12 @@ def calibrate(
         _finish(compat, learner, prefilling, seconds)
         for learner, seconds in zip(learners, learning, strict=True)
     ]
+
+
+def _query_heads(queries: torch.Tensor, whole: KVGeometry, kv_heads: slice) -> torch.Tensor:
+    """The query heads of some KV heads."""
+    group = queries.shape[2] // whole.num_kv_heads
+    return queries[:, :, kv_heads.start * group : kv_heads.stop * group]
 
 
 def _finish(compat: str, learner: TableLearner, prefilling: float, learning: float) -> ShardTables:

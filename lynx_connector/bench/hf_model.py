@@ -20,6 +20,9 @@ from lynx_kernels.rotation import NO_ROTATION, Rotation, fit_rotation
 from lynx_connector.bench.errors import BenchError
 from lynx_connector.codec.base import DTYPES, KVGeometry
 
+QUERY_STRIDE = 4
+"""One token of so many shows its queries when tables are learned."""
+
 
 @dataclass(frozen=True)
 class Past:
@@ -118,6 +121,38 @@ class HFModel:
         start = 0 if past is None else past.length
         _, kv = self._forward(list(ids), past, logits=1)
         return _values([(k[:, :, start:], v[:, :, start:]) for k, v in kv], self.dtype)
+
+    def prefill_for_learning(self, ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `prefill`, and queries before RoPE: [len(ids) / QUERY_STRIDE, L, query heads, D].
+
+        None of them (length 0) where K's rotation is not known, or the model has no projection of
+        its own for queries.
+        """
+        seen: list[torch.Tensor] = []
+
+        def keep(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> None:
+            rows = output.reshape(len(ids), -1, self.geometry.head_dim)
+            seen.append(rows[::QUERY_STRIDE].clone())
+
+        handles = [module.register_forward_hook(keep) for module in self._query_modules]
+        try:
+            values = self.prefill(ids)
+        finally:
+            for handle in handles:
+                handle.remove()
+        if len(seen) != self.geometry.num_layers:
+            return values, torch.empty(0, self.geometry.num_layers, 0, self.geometry.head_dim)
+        return values, torch.stack(seen, dim=1)
+
+    @functools.cached_property
+    def _query_modules(self) -> list[torch.nn.Module]:
+        """What gives each layer's queries as RoPE gets them."""
+        if not self.rotation.pairs:
+            return []
+        for name in ("q_norm", "q_proj"):
+            if found := [m for n, m in self.model.named_modules() if n.endswith("." + name)]:
+                return found
+        return []
 
     def greedy(self, past: Past, last: int, count: int) -> list[int]:
         """`count` greedy tokens after a cache and the prompt's last token, end tokens included.

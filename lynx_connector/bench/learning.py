@@ -35,10 +35,13 @@ def check_enough_texts(files: Sequence[Path]) -> None:
         )
 
 
-def observe(learner: TableLearner, values: torch.Tensor) -> None:
-    """Learn from KV [T, L, 2, H, D] of a prompt's first T tokens, but those that travel exact."""
+def observe(learner: TableLearner, values: torch.Tensor, queries: torch.Tensor) -> None:
+    """Learn from KV [T, L, 2, H, D] of a prompt's first T tokens, but those that travel exact, and
+    from queries [n, L, query heads, D] of some of them."""
     lossy = values[EXACT_FIRST_TOKENS:]
     learner.observe(paged_cache(lossy), np.arange(len(lossy)), EXACT_FIRST_TOKENS)
+    if len(queries):
+        learner.queries.observe(queries)
 
 
 class TwoFolds:
@@ -70,4 +73,4 @@ class TwoFolds:
             tokenizer = self._model.tokenizer
             prompt = build_prompts(tokenizer, file, self._prompt_tokens, 1).prompts[0][:room]
             self._model.check_length(len(prompt))
-            observe(learner, self._model.prefill(prompt))
+            observe(learner, *self._model.prefill_for_learning(prompt))

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables for `klt` from KV that was computed anyway: means, covariances, one eigh a head."""
+"""Tables for `klt` from KV that was computed anyway: means, covariances, one eigh a head.
+
+Where queries were seen as well, the covariance is weighted by what attention reads of K.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from numpy.typing import NDArray
 
 from lynx_connector.codec.base import CodecError, KVGeometry
 from lynx_connector.codec.klt_tables import ANCHOR_BITS, BASIS_LIMIT, KltTables
+from lynx_connector.codec.query_energy import QueryEnergy
 
 
 class TableLearner:
@@ -26,6 +30,7 @@ class TableLearner:
         self.geometry = geometry
         self.rotation = rotation
         self.tokens = 0
+        self.queries = QueryEnergy(geometry, rotation)
         shape = (geometry.num_layers, 2, geometry.num_kv_heads, geometry.head_dim)
         self._count = torch.zeros(shape[:3], dtype=torch.float64)
         self._sum = torch.zeros(shape, dtype=torch.float64)
@@ -51,14 +56,15 @@ class TableLearner:
         mean = self._sum / count
         square = self._square[:, 0] / count[:, 0].unsqueeze(-1)
         covariance = square - mean[:, 0].unsqueeze(-1) * mean[:, 0].unsqueeze(-2)
-        variance, vectors = np.linalg.eigh(covariance.numpy())
+        weight = self.queries.weight()
+        variance, vectors = np.linalg.eigh(weight @ covariance.numpy() @ weight)
         variance = np.maximum(variance, 1e-6 * variance[..., -1:] + 1e-12)
         widths = _widths(
             variance, [bits * self.geometry.head_dim for bits in (*ANCHOR_BITS, K_BITS)]
         )
         total = widths[-1].astype(np.int64)
         span = np.sqrt(variance) * np.exp2(-total.astype(np.float64))
-        rows = np.swapaxes(vectors, -1, -2) * span[..., None]
+        rows = np.swapaxes(np.linalg.solve(weight, vectors), -1, -2) * span[..., None]
         unit = np.abs(rows).max(axis=(-1, -2)) / BASIS_LIMIT
         while True:
             basis = np.rint(rows / unit[..., None, None]).astype(np.int64)

@@ -17,6 +17,7 @@ from lynx_connector.codec.klt_learner import TableLearner
 from lynx_connector.codec_cache import CodecCache
 from lynx_connector.config import FIRST_TABLES_TOKENS
 from lynx_connector.events import EventLog
+from lynx_connector.producer.queries import QuerySample
 from lynx_connector.producer.tables import ProducerTables
 from lynx_connector.worker_context import WorkerContext
 
@@ -33,8 +34,19 @@ class Learner(Protocol):
     def observe(self, cache: PagedKVCache, slots: np.ndarray, first_position: int) -> None:
         """Add the tokens at `slots`, positions first_position and up, to the statistics."""
 
+    def observe_queries(self, sample: QuerySample) -> None:
+        """Add queries of some of these tokens."""
+
     def build(self) -> KltTables:
         """Tables from what was observed."""
+
+
+class ModelLearner(TableLearner):
+    """A `TableLearner` that takes queries as attention shows them."""
+
+    def observe_queries(self, sample: QuerySample) -> None:
+        """As `Learner.observe_queries`."""
+        self.queries.observe(sample.before_rope(self.rotation))
 
 
 class OnlineLearning:
@@ -64,6 +76,8 @@ class OnlineLearning:
         self._marks = marks
         """Token counts at which tables are still to be built."""
         self._builder: threading.Thread | None = None
+        self._queries = 0
+        """Tokens whose queries were seen."""
 
     @property
     def active(self) -> bool:
@@ -81,6 +95,16 @@ class OnlineLearning:
         except Exception:
             logger.exception("lynx: learning tables failed; going on without")
             self._marks = []
+
+    def observe_queries(self, sample: QuerySample) -> None:
+        """Learn what attention looks for (encoder thread)."""
+        if not self._marks or self._building():
+            return
+        try:
+            self._learner.observe_queries(sample)
+            self._queries += len(sample.slots)
+        except Exception:
+            logger.exception("lynx: learning from queries failed; tables go without")
 
     def build_if_due(self) -> None:
         """Start building once enough tokens were seen (encoder thread, blocks given back)."""
@@ -103,6 +127,7 @@ class OnlineLearning:
                 None,
                 digest=tables.digest,
                 tokens=tokens,
+                queries=self._queries,
                 seconds=round(time.monotonic() - began, 4),
             )
         except Exception:
@@ -111,9 +136,11 @@ class OnlineLearning:
             return
         self._marks = [mark for mark in self._marks if mark > tokens]
         logger.info(
-            "lynx: next requests use learned tables %s: %d tokens, built in %.2f s, %d bytes%s",
+            "lynx: next requests use learned tables %s: %d tokens, queries of %d, built in %.2f s, "
+            "%d bytes%s",
             tables.digest,
             tokens,
+            self._queries,
             time.monotonic() - began,
             len(tables.to_bytes()),
             "" if self._marks else "; learning is done",
@@ -134,7 +161,7 @@ def start_learning(
     if config.learn_tokens <= tables.learned_tokens:
         return None
     try:
-        learner = TableLearner(context.geometry, context.rotation)
+        learner = ModelLearner(context.geometry, context.rotation)
     except CodecError as error:
         logger.warning("lynx: no tables can be learned for this model: %s", error)
         return None

@@ -21,6 +21,7 @@ from lynx_connector.config import EXACT_FIRST_TOKENS, FALLBACK_CODEC, FinalTier
 from lynx_connector.metadata import EncodeChunk, LynxMetadata
 from lynx_connector.producer.encoder import ChunkEncoder
 from lynx_connector.producer.learning import OnlineLearning, start_learning
+from lynx_connector.producer.queries import QuerySample, QuerySampler
 from lynx_connector.producer.staging import StagedTransfer, StagingStore
 from lynx_connector.producer.tables import ProducerTables
 from lynx_connector.protocol import MAX_CAUSE, TABLE_CODECS, Prefilled
@@ -39,6 +40,8 @@ class _Job:
     slots: np.ndarray
     fresh: int
     """First token not seen before: those of the prefix cache teach nothing new."""
+    queries: QuerySample | None
+    """Of the whole step, with its first job."""
     ready: object | None
     """What `SideStream.record` returned after the chunk's forward pass."""
 
@@ -76,6 +79,11 @@ class ProducerWorker:
         if learns:
             self._compile_stored_tables()
         self._learning = start_learning(context, self._tables, self._codecs) if learns else None
+        self._sampler: QuerySampler | None = None
+        if self._learning is not None and context.tap_queries is not None:
+            self._sampler = QuerySampler(
+                context.geometry.num_layers, context.block_size, context.tap_queries
+            )
         self._chunks = ChunkEncoder(context.cache, context.geometry)
         self._store = StagingStore(int(config.staging_bytes), config.lease_seconds, self._events)
         self._server = TierServer(
@@ -187,10 +195,21 @@ class ProducerWorker:
         self._store.settle(Prefilled(transfer_id, first_token, cause[:MAX_CAUSE]))
         self._loop.post(self._server.notify)
 
+    def expect(self, metadata: LynxMetadata) -> None:
+        """Before the step's forward pass: keep some of its queries while there is learning."""
+        if self._sampler is None:
+            return
+        if self._learning is None or not self._learning.active:
+            self._sampler.close()
+            self._sampler = None
+        else:
+            self._sampler.expect(metadata.encode)
+
     def submit(self, metadata: LynxMetadata) -> None:
         """After the step's forward pass: queue its finished chunks."""
         if not metadata.encode:
             return
+        queries = self._sampler.take() if self._sampler is not None else None
         ready = self._stream.record()
         for chunk in metadata.encode:
             transfer = self._transfers.get(chunk.request_id) or self._open(chunk)
@@ -201,7 +220,8 @@ class ProducerWorker:
             slots = slots_of(tokens, chunk.block_ids, first_block, self._block_size)
             with self._pending_changed:
                 self._pending[chunk.request_id] = self._pending.get(chunk.request_id, 0) + 1
-            self._jobs.put(_Job(transfer, tokens, slots, chunk.fresh, ready))
+            self._jobs.put(_Job(transfer, tokens, slots, chunk.fresh, queries, ready))
+            queries = None
 
     def take_finished(self, finished_request_ids: set[str]) -> set[str]:
         """Finished requests whose blocks are not read any more (vLLM then frees them)."""
@@ -304,6 +324,8 @@ class ProducerWorker:
             for piece, tokens in job.transfer.buffers.overlapping(unseen):
                 if piece.codec is not self._exact:
                     learning.observe(self._cache, job.slots_of(tokens), tokens.start)
+            if job.queries is not None:
+                learning.observe_queries(job.queries)
 
     def _wait_idle(self, request_id: str) -> None:
         with self._pending_changed:

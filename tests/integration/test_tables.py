@@ -89,6 +89,9 @@ def test_switch_restart_and_second_consumer(model, tmp_path):
         assert [codec for codec, *_ in versions] == ["hadamard", "klt", "klt"]
         assert pair.events(0, "verified")
         assert "learning is done" in pair.cluster.prefill.log.read_text()
+        # vLLM's attention has shown its queries: a quarter of the tokens, in every step.
+        for event in events(pair, "tables_learned"):
+            assert event["queries"] >= event["tokens"] // 5
 
         newest = versions[-1][1]
         sent = events(pair, "tables_sent")

@@ -25,6 +25,9 @@ class FakeLearner:
         self.tokens += len(slots)
         self.positions.append(first_position)
 
+    def observe_queries(self, sample):
+        raise ValueError("queries of another shape")
+
     def build(self):
         if self.broken:
             raise ValueError("singular")
@@ -64,6 +67,13 @@ def test_tables_come_early_and_once_more(learn_tokens, learned_tokens, expected)
     assert published == expected
     assert learner.tokens == (expected[-1] if expected else 0)
     assert not learning.active
+
+
+def test_queries_that_cannot_be_learned_from_cost_only_themselves(caplog):
+    _, _, learning = fed(8192, chunks=1)
+    learning.observe_queries(None)
+    assert "queries failed" in caplog.text
+    assert learning.active
 
 
 def test_a_learner_that_fails_ends_the_learning_only(caplog):
