@@ -275,12 +275,12 @@ class LynxConnector(KVConnectorBase_V1):
         assert isinstance(kv_connector_metadata, LynxMetadata)
         if self._producer_worker:
             self._producer_worker.apply_drops(kv_connector_metadata)
+            # vLLM's only call that comes before every forward pass.
+            self._producer_worker.expect(kv_connector_metadata)
         if self._consumer_worker:
             self._consumer_worker.apply_cancellations(kv_connector_metadata)
 
     def start_load_kv(self, forward_context: "ForwardContext", **kwargs: Any) -> None:
-        if self._producer_worker:
-            self._producer_worker.expect(self._get_connector_metadata())
         if self._consumer_worker:
             self._consumer_worker.step(self._get_connector_metadata())
 
