@@ -8,10 +8,9 @@ weights change. So what is kept carries a witness of the bits that it was made f
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
-from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
@@ -126,7 +125,7 @@ class ReusingEncoder:
         """
         found = self._find(piece, tokens, slots, chunk)
         done = tokens.start
-        for kept, run in groupby(found, lambda block: block.kept is not None):
+        for kept, run in itertools.groupby(found, lambda block: block.kept is not None):
             if kept:
                 same = list(run)
                 self._encode(piece, TokenRange(done, same[0].tokens.start), tokens, slots)
@@ -152,30 +151,26 @@ class ReusingEncoder:
     ) -> list[ChunkBlock]:
         if piece.codec is self._exact or not self._blocks.limit_bytes:
             return []
-        ending = list(self._ending(piece, tokens, chunk))
-        if not ending:
+        size = self._block_size
+        first = (chunk.start // size + 1) * size
+        ends = {
+            end: block_hash
+            for end, block_hash in zip(itertools.count(first, size), chunk.hashes, strict=False)
+            if block_hash and tokens.start < end <= tokens.end
+        }
+        if not ends:
             return []
-        last = np.array([block.end - 1 - tokens.start for _, block in ending])
-        bits = np.empty((len(last), self._exact.bytes_per_token(Tier.ANCHOR)), np.uint8)
+        last = np.array(list(ends)) - 1 - tokens.start
+        bits = np.empty((len(ends), self._exact.bytes_per_token(Tier.ANCHOR)), np.uint8)
         self._exact.encode(self._cache, slots[last], {Tier.ANCHOR: bits})
         found = []
-        for (block_hash, block), row in zip(ending, bits, strict=True):
+        for (end, block_hash), row in zip(ends.items(), bits, strict=True):
+            block = piece.tokens.clip(end - size, end)  # without token 0
             key, witness = BlockKey(block_hash, chunk.plan), xxhash.xxh3_128_digest(row.data)
-            cached = block.start >= tokens.start and block.end <= chunk.fresh
+            cached = block.start >= tokens.start and end <= chunk.fresh
             kept = self._blocks.find(key, witness) if cached else None
             found.append(ChunkBlock(key, piece, block, witness, kept))
         return found
-
-    def _ending(
-        self, piece: Piece, tokens: TokenRange, chunk: EncodeChunk
-    ) -> Iterator[tuple[bytes, TokenRange]]:
-        """Hash, and tokens in `piece`, of the full blocks whose last token is in `tokens`."""
-        size = self._block_size
-        for number, block_hash in enumerate(chunk.hashes, chunk.start // size):
-            end = (number + 1) * size
-            block = piece.tokens.clip(end - size, end)
-            if block_hash and len(block) and block.end == end and tokens.start < end <= tokens.end:
-                yield block_hash, block
 
 
 def _encoded(block: ChunkBlock) -> EncodedBlock:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tiers kept from an earlier prefill: what they save, that they are the same bytes, and when not."""
+"""Tiers kept from an earlier prefill: what they save, that they are the same bytes, when not."""
 
 import dataclasses
 
@@ -151,9 +151,12 @@ def test_what_was_computed_just_now_is_encoded_and_replaces(producer):
         staged(one, name)
 
 
-def test_a_block_that_was_computed_anew_with_other_roundings_is_encoded(producer):
+@pytest.mark.parametrize("final_tier", ["residual", "exact"])
+def test_a_block_that_was_computed_anew_with_other_roundings_is_encoded(producer, final_tier):
     one = producer()
-    plan = one.plan()
+    plan = one.plan(final_tier=final_tier)
+    for token in (63, 64, 70, 80):
+        poison(one.cache, token, 0)
     prefill(one, "first", plan, chunk=1000)
     staged(one, "first")
     block = np.arange(64, 80)
@@ -202,15 +205,17 @@ def test_nothing_is_kept(producer, config, plan, named):
 
 
 def test_of_a_prompt_that_does_not_fit_the_beginning_stays(producer):
-    one = producer(reuse_bytes=10 * BLOCK * 1100)
+    """As vLLM frees a request's blocks from its end."""
+    limit = 10 * BLOCK * 520
+    one = producer(reuse_bytes=limit)
     plan = one.plan()
-    prefill(one, "first", plan, chunk=1000)
-    assert 0 < one.worker.gauges()["reuse_used_bytes"] <= 10 * BLOCK * 1100
-    kept = len(one.worker._kept)
-    assert 5 < kept < 20
-    assert prefill(one, "second", plan, fresh=kept * BLOCK, chunk=1000) == [kept * BLOCK - 1]
-    for name in ("first", "second"):
+    for name, text in (("first", "a"), ("second", "b"), ("third", "b")):
+        fresh = TOKENS if name == "third" else 0
+        reused = prefill(one, name, plan, fresh, hashes(text), chunk=1000)
         staged(one, name)
+        assert limit - BLOCK * 520 < one.worker.gauges()["reuse_used_bytes"] <= limit
+    assert reused == [10 * BLOCK - 1]
+    assert [key.block_hash for key in one.worker._kept._blocks] == hashes("b")[9::-1]
 
 
 def test_a_prompt_of_hardly_any_tokens(producer):
