@@ -142,6 +142,11 @@ class LynxConfig(BaseModel):
         description="Host memory for encoded tiers, per worker. A full staging refuses new "
         "transfers (producer) or queues them (consumer).",
     )
+    reuse_bytes: ByteSize = Field(
+        ByteSize(1 << 30),
+        description="Producer: host memory, per worker, for encoded tiers of blocks that vLLM may "
+        "find in its prefix cache again; those are not encoded a second time. 0 keeps none.",
+    )
     early_reply: bool = Field(
         True,
         description="Producer: answer the router when a prefill is first scheduled, so that its "

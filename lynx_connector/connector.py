@@ -104,6 +104,7 @@ class LynxConnector(KVConnectorBase_V1):
                 bootstrap=self._bootstrap,
                 v2_runner=vllm_config.use_v2_model_runner,
                 custom_logits=bool(vllm_config.model_config.logits_processors),
+                prefix_caching=bool(vllm_config.cache_config.enable_prefix_caching),
             )
             early = self._config.early_reply and compat.has_lynx_scheduler(vllm_config)
             logger.info(

@@ -36,6 +36,9 @@ class EncodeChunk:
     plan: EncodePlan
     fresh: int = 0
     """First token that this step computed; those before it came from the prefix cache."""
+    hashes: list[bytes] = field(default_factory=list)
+    """vLLM's hashes of `block_ids`, as far as there are any: of full blocks only, and empty where
+    a block's tiers must not be kept."""
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,6 @@ class Kind(enum.StrEnum):
 SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 
 _TIER = {"tier": TIERS}
-_PLACE: Mapping[str, tuple[str, ...]] = {"role": (PRODUCER, CONSUMER), "rank": ()}
 _BOTH = (PRODUCER, CONSUMER)
 
 
@@ -117,12 +116,16 @@ def _catalogue() -> Iterator[Metric]:
     def histogram(name: str, text: str, *roles: str, **labels: tuple[str, ...]) -> Metric:
         return Metric(name, Kind.HISTOGRAM, text, roles, labels)
 
-    def gauge(name: str, text: str) -> Metric:
-        return Metric(name, Kind.GAUGE, text, _BOTH, _PLACE)
+    def gauge(name: str, text: str, *roles: str) -> Metric:
+        roles = roles or _BOTH
+        return Metric(name, Kind.GAUGE, text, roles, {"role": roles, "rank": ()})
 
     yield counter("prefills", "Prefills for others that ended.", PRODUCER, outcome=OUTCOMES)
     yield histogram("prefill_seconds", "From a prefill's arrival to its end.", PRODUCER)
     yield counter("encoded_tokens", "Tokens encoded into tiers.", PRODUCER)
+    yield counter(
+        "reused_tokens", "Tokens whose tiers were kept from an earlier prefill.", PRODUCER
+    )
     yield histogram("encode_seconds", "Encoding one chunk of a prefill.", PRODUCER)
     yield counter("plans", "Prefills by the plan chosen for their KV.", PRODUCER, plan=())
     yield counter("sent_bytes", "KV payload sent.", PRODUCER, **_TIER)
@@ -160,13 +163,8 @@ def _catalogue() -> Iterator[Metric]:
     yield gauge("staging_limit_bytes", "Host memory that encoded tiers may take.")
     yield gauge("open_transfers", "Transfers staged (producer) or under way (consumer).")
     yield gauge("connections", "Connections to other instances.")
-    yield Metric(
-        "link_mbit",
-        Kind.GAUGE,
-        "Measured rate of the link in Mbit/s; 0: not known yet.",
-        (PRODUCER,),
-        {"role": (PRODUCER,), "rank": ()},
-    )
+    yield gauge("reuse_used_bytes", "Host memory of tiers kept for later prefills.", PRODUCER)
+    yield gauge("link_mbit", "Measured rate of the link in Mbit/s; 0: not known yet.", PRODUCER)
 
 
 CATALOGUE: dict[str, Metric] = {metric.name: metric for metric in _catalogue()}
@@ -248,6 +246,7 @@ def _prefill_ended(meter: Meter, role: str, fields: Mapping[str, Any]) -> None:
 
 def _chunk_encoded(meter: Meter, role: str, fields: Mapping[str, Any]) -> None:
     meter.add("encoded_tokens", fields["tokens"])
+    meter.add("reused_tokens", fields["reused"])
     meter.observe("encode_seconds", fields["seconds"])
 
 

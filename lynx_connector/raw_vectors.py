@@ -48,9 +48,7 @@ class RawVectors:
 
     @staticmethod
     def join(parts: Sequence[RawVectors]) -> RawVectors:
-        """Several runs, in token order, as one."""
-        if len(parts) == 1:
-            return parts[0]
+        """Several runs, in token order, as one; it owns its memory."""
         return RawVectors(
             np.concatenate([part.tokens for part in parts]),
             np.concatenate([part.vectors for part in parts]),

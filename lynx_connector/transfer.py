@@ -6,7 +6,7 @@ token range. Token 0 and the last tokens of a prompt travel uncompressed: token 
 the attention, and the last ones are what the first drafts look at most.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -68,6 +68,22 @@ class ExactRun:
         """Bytes of lengths and data, as on the wire."""
         return self.lengths.nbytes + self.data.nbytes
 
+    def of(self, start: int, end: int) -> "ExactRun":
+        """The part inside [start, end), possibly empty."""
+        tokens = self.tokens.clip(start, end)
+        low, high = tokens.start - self.tokens.start, tokens.end - self.tokens.start
+        ends = np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])
+        return ExactRun(tokens, self.lengths[low:high], self.data[ends[low] : ends[high]])
+
+    @staticmethod
+    def join(runs: Sequence["ExactRun"]) -> "ExactRun":
+        """Several runs, each beginning where the last one ends, as one; it owns its memory."""
+        return ExactRun(
+            TokenRange(runs[0].tokens.start, runs[-1].tokens.end),
+            np.concatenate([run.lengths for run in runs]),
+            np.concatenate([run.data for run in runs]),
+        )
+
 
 @dataclass
 class Piece:
@@ -108,6 +124,11 @@ class Piece:
         """Raw vectors of `tokens`; None where there are none (the common case)."""
         found = [part for raw in self.raw if (part := raw.of(tokens.start, tokens.end))]
         return RawVectors.join(found) if found else None
+
+    def exact_run(self, tokens: TokenRange) -> ExactRun:
+        """Exact tier of `tokens`, all of which must be encoded."""
+        runs = [run for run in self.exact_runs if len(run.tokens.clip(*tokens))]
+        return ExactRun.join([run.of(*tokens) for run in runs])
 
 
 def plan_pieces(

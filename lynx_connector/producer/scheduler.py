@@ -49,6 +49,8 @@ class _Prefill:
     """Digest of its token ids."""
     routed_as: str | None = None
     """The router's name of the transfer, in Mooncake's shape."""
+    hashes: list[bytes] = field(default_factory=list)
+    """vLLM's, of its full blocks; none where their tiers need not be kept."""
     block_ids: list[int] = field(default_factory=list)
     submitted: int = 0
     """Tokens that the workers have been told to encode."""
@@ -84,9 +86,11 @@ class ProducerScheduler:
         bootstrap: "BootstrapServer | None" = None,
         v2_runner: bool = False,
         custom_logits: bool = False,
+        prefix_caching: bool = True,
     ):
         """`custom_logits`: the engine has logits processors of its own, whose effect on a first
-        token the decode instance cannot know."""
+        token the decode instance cannot know. `prefix_caching`: vLLM may find blocks again."""
+        self._reuses = prefix_caching and config.reuse_bytes > 0
         self._bootstrap = bootstrap
         self._v2_runner = v2_runner
         self._hands_over = config.first_token and not custom_logits
@@ -155,6 +159,7 @@ class ProducerScheduler:
                 prompt_digest(request.prompt_token_ids),
                 routed_as,
                 sampling=self._prepare(request),
+                hashes=self._hashes(request),
             )
             self._events(
                 "prefill_started",
@@ -176,6 +181,11 @@ class ProducerScheduler:
         self._events("refused", request_id, None, cause=cause)
         self._refused.append(request_id)
         return False
+
+    def _hashes(self, request: "Request") -> list[bytes]:
+        """Hashes of the prompt's full blocks, if the engine hashes blocks of the cache's size."""
+        hashes = list(request.block_hashes) if self._reuses else []
+        return hashes if len(hashes) == request.num_prompt_tokens // self._block_size else []
 
     def _prepare(self, request: "Request") -> str:
         """Have the first token sampled as the client asked, if it can be handed over.
@@ -207,6 +217,9 @@ class ProducerScheduler:
                 # What was submitted is encoded all the same, and not again when it is recomputed:
                 # a consumer may have parts of it, which must not be mixed with other roundings.
                 prefill.block_ids = []
+                block, inside = divmod(prefill.submitted, self._block_size)
+                if inside and block < len(prefill.hashes):
+                    prefill.hashes[block] = b""  # encoded half before and half after
                 metadata.preempted.add(request_id)
         for new in output.scheduled_new_reqs:
             if prefill := self._prefills.get(new.req_id):
@@ -249,6 +262,7 @@ class ProducerScheduler:
                 prefill.block_ids[first_block:last_block],
                 plan,
                 fresh=max(start, computed),
+                hashes=prefill.hashes[first_block:last_block],
             )
         )
         if not prefill.opened:

@@ -22,6 +22,7 @@ from lynx_connector.metadata import EncodeChunk, LynxMetadata
 from lynx_connector.producer.encoder import ChunkEncoder
 from lynx_connector.producer.learning import OnlineLearning, start_learning
 from lynx_connector.producer.queries import QuerySample, QuerySampler
+from lynx_connector.producer.reuse import ChunkBlock, EncodedBlocks, ReusingEncoder
 from lynx_connector.producer.staging import StagedTransfer, StagingStore
 from lynx_connector.producer.tables import ProducerTables
 from lynx_connector.protocol import MAX_CAUSE, TABLE_CODECS, Prefilled
@@ -36,10 +37,9 @@ logger = logging.getLogger("vllm.lynx.producer")
 @dataclass
 class _Job:
     transfer: StagedTransfer
+    chunk: EncodeChunk
     tokens: TokenRange
     slots: np.ndarray
-    fresh: int
-    """First token not seen before: those of the prefix cache teach nothing new."""
     queries: QuerySample | None
     """Of the whole step, with its first job."""
     ready: object | None
@@ -84,7 +84,11 @@ class ProducerWorker:
             self._sampler = QuerySampler(
                 context.geometry.num_layers, context.block_size, context.tap_queries
             )
-        self._chunks = ChunkEncoder(context.cache, context.geometry)
+        self._kept = EncodedBlocks(int(config.reuse_bytes))
+        chunks = ChunkEncoder(context.cache, context.geometry)
+        self._chunks = ReusingEncoder(
+            chunks, context.cache, self._exact, context.block_size, self._kept
+        )
         self._store = StagingStore(int(config.staging_bytes), config.lease_seconds, self._events)
         self._server = TierServer(
             self._store,
@@ -149,6 +153,7 @@ class ProducerWorker:
         return {
             "staging_used_bytes": self._store.used_bytes,
             "staging_limit_bytes": int(self._config.staging_bytes),
+            "reuse_used_bytes": self._kept.used_bytes,
             "open_transfers": len(self._store),
             "connections": self._server.num_sessions,
             "link_mbit": self._server.rates.mbit,
@@ -220,7 +225,7 @@ class ProducerWorker:
             slots = slots_of(tokens, chunk.block_ids, first_block, self._block_size)
             with self._pending_changed:
                 self._pending[chunk.request_id] = self._pending.get(chunk.request_id, 0) + 1
-            self._jobs.put(_Job(transfer, tokens, slots, chunk.fresh, queries, ready))
+            self._jobs.put(_Job(transfer, chunk, tokens, slots, queries, ready))
             queries = None
 
     def take_finished(self, finished_request_ids: set[str]) -> set[str]:
@@ -295,11 +300,12 @@ class ProducerWorker:
     def _encode(self, job: _Job) -> None:
         transfer = job.transfer
         began = time.monotonic()
+        blocks: list[ChunkBlock] = []
         with self._stream.after(job.ready):
             for piece, tokens in transfer.buffers.overlapping(job.tokens):
                 if transfer.dropped:
                     return
-                self._chunks.encode(piece, tokens, job.slots_of(tokens))
+                blocks += self._chunks.encode(piece, tokens, job.slots_of(tokens), job.chunk)
         if not self._store.resize(transfer):
             self._log_full(transfer)
             return
@@ -312,14 +318,17 @@ class ProducerWorker:
             transfer.transfer_id,
             tokens_done=job.tokens.end,
             tokens=len(job.tokens),
+            reused=sum(len(block.tokens) for block in blocks if block.kept is not None),
             seconds=round(time.monotonic() - began, 4),
         )
+        self._chunks.keep(blocks)  # like learning, behind what the consumer waits for
         if self._learning is not None and self._learning.active:
             self._learn(job, self._learning)
 
     def _learn(self, job: _Job, learning: OnlineLearning) -> None:
         """Behind the chunk's rows, so that the consumer does not wait for it."""
-        unseen = TokenRange(max(job.tokens.start, job.fresh), job.tokens.end)
+        # Tokens of the prefix cache were seen before: they teach nothing new.
+        unseen = TokenRange(max(job.tokens.start, job.chunk.fresh), job.tokens.end)
         with self._stream.after(job.ready):
             for piece, tokens in job.transfer.buffers.overlapping(unseen):
                 if piece.codec is not self._exact:

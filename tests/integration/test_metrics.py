@@ -81,7 +81,9 @@ def test_sums_of_both_sides_agree(pair):
     assert sent["prefills_total", "complete"] == sent["prefill_seconds_count",] == 2
     assert sent["frame_queue_seconds_count", "residual"] > 0
     assert sent["frame_send_seconds_sum", "residual"] > 0
-    assert sent["encoded_tokens_total",] == 2 * pair.events(since, "admitted")[0]["prompt_tokens"]
+    prompt_tokens = pair.events(since, "admitted")[0]["prompt_tokens"]
+    assert sent["encoded_tokens_total",] == 2 * prompt_tokens
+    assert prompt_tokens / 2 < sent["reused_tokens_total",] < prompt_tokens
     assert received["requests_total", "speculative"] == received["requests_total", "blocking"] == 1
     assert received["refined_total",] == received["tier_seconds_count", "anchor"] == 2
     verified = pair.events(since, "verified")[0]

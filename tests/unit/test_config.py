@@ -35,6 +35,7 @@ def test_sizes_take_units(size):
         ({"listen_port": 70000}, ["listen_port = 70000", "65000"]),
         ({"frame_bytes": "1B"}, ["frame_bytes = '1B'", "64KiB"]),
         ({"staging_bytes": 5}, ["staging_bytes = 5", "1MiB"]),
+        ({"reuse_bytes": -1}, ["reuse_bytes = -1", "could not parse"]),
         ({"lease_seconds": -1}, ["lease_seconds = -1", "greater than 0"]),
         ({"anchor_bits": 6}, ["anchor_bits = 6", "less than or equal to 5"]),
         ({"anchor_bits": 3, "codec": "hadamard"}, ["anchor_bits = 3", "'klt' only"]),

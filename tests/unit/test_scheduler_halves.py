@@ -65,12 +65,13 @@ class Sampling(SimpleNamespace):
         return Sampling(**vars(self))
 
 
-def request(name="r", prompt=100, params=None, **sampling):
+def request(name="r", prompt=100, params=None, hashes=(), **sampling):
     return SimpleNamespace(
         request_id=name,
         num_prompt_tokens=prompt,
         kv_transfer_params=params,
         prompt_token_ids=list(range(prompt)),
+        block_hashes=list(hashes),
         sampling_params=Sampling(**sampling),
         prompt_embeds=None,
         mm_features=[],
@@ -94,7 +95,7 @@ def test_halves_and_states_run_without_torch():
 # ---- producer ---------------------------------------------------------------------------------
 
 
-def producer(tp=1, tables=None, **config):
+def producer(tp=1, tables=None, prefix_caching=True, **config):
     half = ProducerScheduler(
         settings := LynxConfig(**{"codec": "klt"} | config),
         "engine",
@@ -103,6 +104,7 @@ def producer(tp=1, tables=None, **config):
         BLOCK,
         NO_EVENTS,
         Planner(settings.plan is PlanMode.AUTO, SHAPE, "gpu"),
+        prefix_caching=prefix_caching,
     )
     half.set_workers([7600 + rank for rank in range(tp)], tables or [""] * tp)
     return half
@@ -144,6 +146,63 @@ def test_chunks_follow_the_prefill_and_cover_a_cached_prefix():
     assert (second.start, second.end) == (56, 100)
     assert second.block_ids == [13, 14, 15, 16]
     assert not filled(half, step(cached=[("r", None, 100, 1)])).encode  # a decode step
+
+
+HASHES = [bytes([number]) for number in range(6)]
+
+
+def submitted(half, *outputs):
+    """Hashes of every chunk, checked to lie beside their block."""
+    found = []
+    for output in outputs:
+        for chunk in filled(half, output).encode:
+            first = chunk.start // BLOCK
+            assert len(chunk.hashes) == min(len(chunk.block_ids), 6 - first)
+            found.append(chunk.hashes)
+    return found
+
+
+def test_hashes_lie_beside_the_blocks():
+    half = producer()
+    half.add(request(params=PREFILL, hashes=HASHES))
+    chunks = submitted(
+        half,
+        step(new=[("r", range(10, 14), 32, 24)]),
+        step(cached=[("r", range(14, 16), 56, 40)]),
+        step(cached=[("r", [16], 96, 4)]),
+    )
+    assert chunks == [HASHES[:4], HASHES[3:], []]
+
+
+@pytest.mark.parametrize(("left", "seam"), [(56, 3), (48, None)])
+def test_a_block_encoded_half_before_and_half_after_a_preemption_is_not_kept(left, seam):
+    half = producer()
+    half.add(request(params=PREFILL, hashes=HASHES))
+    chunks = submitted(
+        half,
+        step(new=[("r", range(10, 14), 0, left)]),
+        step(preempted=["r"]),
+        step(cached=[("r", range(20, 24), 16, 42)], resumed=["r"]),
+        step(cached=[("r", [24], 58, 4)]),
+        step(cached=[("r", [25, 26], 62, 38)]),
+    )
+    kept = [b"" if number == seam else one for number, one in enumerate(HASHES)]
+    assert chunks == [HASHES[: -(-left // BLOCK)], kept[3:4], kept[3:4], kept[3:]]
+
+
+@pytest.mark.parametrize("hashes", [[], HASHES[:3], [*HASHES, *HASHES]])
+def test_hashes_of_other_block_sizes_are_not_used(hashes):
+    half = producer()
+    half.add(request(params=PREFILL, hashes=hashes))
+    (chunk,) = filled(half, step(new=[("r", range(7), 0, 100)])).encode
+    assert chunk.hashes == []
+
+
+def test_hashes_are_not_sent_where_nothing_is_kept():
+    for half in (producer(reuse_bytes=0), producer(prefix_caching=False)):
+        half.add(request(params=PREFILL, hashes=HASHES))
+        (chunk,) = filled(half, step(new=[("r", range(7), 0, 100)])).encode
+        assert chunk.hashes == []
 
 
 def test_reply_is_what_a_decode_instance_can_read():

@@ -105,13 +105,26 @@ class Producer:
     def plan(self, codec="hadamard", tables=(), anchor_bits=4, final_tier="residual"):
         return EncodePlan(codec, anchor_bits, final_tier, tuple(tables))
 
-    def prefill(self, name, num_tokens, plan, chunk=512, start_slot=0):
-        """Queue all chunks of a request whose tokens lie from `start_slot` (a block's) on."""
+    def prefill(self, name, num_tokens, plan, chunk=512, start_slot=0, hashes=(), fresh=0):
+        """Queue all chunks of a request whose tokens lie from `start_slot` (a block's) on.
+
+        hashes: of its full blocks; those before token `fresh` were in the prefix cache.
+        """
         first = start_slot // BLOCK
         for start in range(0, num_tokens, chunk):
             end = min(start + chunk, num_tokens)
             ids = list(range(first + start // BLOCK, first + -(-end // BLOCK)))
-            one = EncodeChunk(name, "t-" + name, num_tokens, start, end, ids, plan, start)
+            one = EncodeChunk(
+                name,
+                "t-" + name,
+                num_tokens,
+                start,
+                end,
+                ids,
+                plan,
+                fresh=min(max(start, fresh), end),
+                hashes=list(hashes[start // BLOCK : -(-end // BLOCK)]),
+            )
             self.worker.submit(LynxMetadata(encode=[one]))
 
     def finish(self, name):
