@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import signal
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -12,6 +13,7 @@ from types import FrameType
 import httpx
 import typer
 from rich.console import Console
+from rich.progress import Progress
 
 from lynx_connector.bench.e2e.cells import QUICK_NOTE, Block
 from lynx_connector.bench.e2e.goals import outcomes
@@ -79,14 +81,8 @@ def run(
                 raise BenchError(f"{file}: no such folder")
         options = Options(logs, model, dtype, chosen.modes or (), chosen.block(), quick, namespaces)
         with progress_bar() as bar:
-            task = bar.add_task("", total=None)
-            bench = Bench(
-                options,
-                lambda line: bar.console.print(line, highlight=False, soft_wrap=True),
-                lambda what, done, total: bar.update(
-                    task, completed=done, total=total, description=what
-                ),
-            )
+            say = _printer(bar.console)
+            bench = Bench(options, say, _stepper(bar, say))
             bench.run()
     except BenchError as error:
         _tell(str(error))
@@ -109,6 +105,25 @@ def run(
         _show(bench, console, json_path, png, QUICK_NOTE if quick else "")
     if status:
         raise typer.Exit(status)
+
+
+def _printer(console: Console) -> Callable[[str], None]:
+    return lambda line: console.print(line, highlight=False, soft_wrap=True)
+
+
+def _stepper(bar: Progress, say: Callable[[str], None]) -> Callable[[str, int, int], None]:
+    """Moves the bar; where a file takes its place, a line for each finished measurement."""
+    task = bar.add_task("", total=None)
+    said = 0
+
+    def step(what: str, done: int, total: int) -> None:
+        nonlocal said
+        bar.update(task, completed=done, total=total, description=what)
+        if not bar.console.is_terminal and done > said:
+            say(f"{done}/{total} {what}")
+            said = done
+
+    return step
 
 
 def _show(bench: Bench, console: Console, json_path: Path, png: Path | None, note: str) -> None:

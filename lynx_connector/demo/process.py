@@ -62,8 +62,10 @@ class ServerProcess:
                 stderr=subprocess.STDOUT,
                 env=self._environment,
                 # A group of its own: a Ctrl-C on the terminal is ours alone, and stop() reaches
-                # the children.
-                start_new_session=True,
+                # the children. Not a session of its own: Linux schedules sessions as groups
+                # (autogroup), and beside a thread that polls without end, as NIXL's does, the
+                # other threads on its core were seen to wait for 30 s.
+                process_group=0,
             )
 
     def wait_ready(self, timeout: float) -> None:

@@ -17,6 +17,9 @@ _BLOCKING = {"vllm_xargs": {"lynx_start": "blocking"}}
 _PLAIN = {"early_reply": False, "first_token": False, "plan": "fixed"}
 """A plain transfer: the codec named, all of it after the prefill, no token before it."""
 
+_LEASE = {"kv_lease_duration": 600}
+"""Seconds. NIXL's 30 would free blocks that are still being read where a link is slow."""
+
 
 @dataclass(frozen=True)
 class ServerSpec:
@@ -69,7 +72,7 @@ MODES: dict[str, Mode] = {
     mode.name: mode
     for mode in (
         Mode("single"),
-        Mode("nixl", NIXL),
+        Mode("nixl", NIXL, _LEASE, _LEASE),
         Mode("lynx", LYNX),
         Mode("lynx-int8", LYNX, {"codec": "int8", **_PLAIN}, request=_BLOCKING),
         Mode("lynx-bf16", LYNX, {"codec": "bf16", **_PLAIN}, request=_BLOCKING),

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -14,6 +15,7 @@ from lynx_connector.bench.errors import BenchError
 #: the steps behind them are ordinary ones.
 OUTPUT_TOKENS = 72
 _TAIL_STEPS = 6
+_SUMMARY = ("ttft_ms", "tt32_ms")
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,17 @@ class Row:
     """The request's share of what crossed the link while its cell ran."""
     cpu_s: float
     """The request's share of the CPU time of the mode's servers, prefill included."""
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """The rows of one mode and cell in a line, their times as medians."""
+    row = rows[0]
+    link = f"{row.link_mbit:g} Mbit/s" if row.link_mbit else "unlimited"
+    first, later = (statistics.median(getattr(r, key) for r in rows) for key in _SUMMARY)
+    return (
+        f"{row.mode}, {row.prompt_tokens} tokens {row.prefill}, {link}, {row.concurrency} at "
+        f"once: 1st token {first:,.0f} ms, 32nd {later:,.0f} ms"
+    )
 
 
 def make_row(

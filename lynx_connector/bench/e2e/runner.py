@@ -21,7 +21,7 @@ from lynx_connector.bench.e2e.cells import (
 from lynx_connector.bench.e2e.measure import Meter
 from lynx_connector.bench.e2e.modes import NIXL, Mode, select_modes, split_by_memory
 from lynx_connector.bench.e2e.prompts import Prompts
-from lynx_connector.bench.e2e.rows import OUTPUT_TOKENS, Row
+from lynx_connector.bench.e2e.rows import OUTPUT_TOKENS, Row, summary
 from lynx_connector.bench.e2e.servers import Fleet, ServerOptions
 from lynx_connector.bench.errors import BenchError
 from lynx_connector.demo.link import Link, loopback, open_link, set_rate
@@ -145,14 +145,10 @@ class Bench:
             prompts = [
                 self._prompts.get(number, cell.prompt_tokens) for number in _text_numbers(cell)
             ]
-            self.rows += meter.measure(mode, cell, prompts)
+            rows = meter.measure(mode, cell, prompts)
+            self.rows += rows
             self._done += 1
-            what = f"{mode.name}, {cell.prompt_tokens} tokens {cell.prefill}"
-            self._step(
-                f"{what}, {cell.link_mbit:g} Mbit/s, {cell.concurrency} at once",
-                self._done,
-                total,
-            )
+            self._step(summary(rows), self._done, total)
         for name, codecs in meter.codecs.items():
             if len(codecs) > 1:  # tables were learned on the way
                 told = ", ".join(f"{codec} {count}" for codec, count in codecs.items())

@@ -2,6 +2,7 @@
 """`lynx bench e2e` without servers: what is measured, in which order, and what becomes of it."""
 
 import dataclasses
+import io
 import json
 import time
 
@@ -9,6 +10,8 @@ import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
+from rich.progress import Progress
 from typer.testing import CliRunner
 
 from lynx_connector.bench.e2e import measure, runner
@@ -17,10 +20,17 @@ from lynx_connector.bench.e2e.goals import outcomes
 from lynx_connector.bench.e2e.modes import MODES, select_modes, server_specs, split_by_memory
 from lynx_connector.bench.e2e.prompts import Prompts
 from lynx_connector.bench.e2e.report import goals_table, grouped, result_tables, save_png
-from lynx_connector.bench.e2e.rows import OUTPUT_TOKENS, Row, from_report, make_row, to_report
+from lynx_connector.bench.e2e.rows import (
+    OUTPUT_TOKENS,
+    Row,
+    from_report,
+    make_row,
+    summary,
+    to_report,
+)
 from lynx_connector.bench.e2e.servers import Fleet, ServerOptions
 from lynx_connector.bench.errors import BenchError
-from lynx_connector.cli import app
+from lynx_connector.cli import app, run_bench_e2e
 from lynx_connector.config import LynxConfig
 from lynx_connector.demo.link import loopback
 from lynx_connector.demo.trace import Trace
@@ -165,9 +175,31 @@ def test_unknown_mode_is_named():
 
 
 def test_modes_are_valid_configurations():
-    for mode in MODES.values():
+    for mode in filter(lambda mode: mode.is_lynx, MODES.values()):
         LynxConfig.from_extra_config(dict(mode.producer))
         LynxConfig.from_extra_config(dict(mode.consumer))
+
+
+def test_nixl_keeps_blocks_for_as_long_as_a_slow_link_takes():
+    for spec in MODES["nixl"].specs():
+        config = json.loads(spec.transfer_config)
+        assert config["kv_connector_extra_config"] == {"kv_lease_duration": 600}
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_file_gets_a_line_for_each_measurement(terminal):
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=120)
+    lines: list[str] = []
+    step = run_bench_e2e._stepper(Progress(console=console), lines.append)
+    rows = [row("nixl", tt32, link_mbit=100.0) for tt32 in (1000.0, 3000.0)]
+    told = summary(rows)
+    step("2 of 2 servers ready", 0, 2)
+    step(told, 1, 2)
+    step("1 of 4 servers ready", 1, 2)
+    step("second", 2, 2)
+    assert lines == ([] if terminal else [f"1/2 {told}", "2/2 second"])
+    cell = "nixl, 4097 tokens cached, 100 Mbit/s, 1 at once"
+    assert told == f"{cell}: 1st token 100 ms, 32nd 2,000 ms"
 
 
 def test_equal_servers_are_shared():

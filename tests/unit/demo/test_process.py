@@ -99,6 +99,18 @@ def test_stop_ends_children_of_a_server_that_died_first(tmp_path: Path):
     wait_for(lambda: not psutil.pid_exists(child) or _is_zombie(child), 5)
 
 
+def test_a_server_has_its_own_group_but_our_session(tmp_path: Path):
+    # Linux schedules every session as a group of its own: NIXL's polling threads then starved the
+    # rest of their core for up to 30 s.
+    engine = server(tmp_path, "import time; time.sleep(600)")
+    engine.start()
+    try:
+        assert os.getpgid(engine.pid) == engine.pid
+        assert os.getsid(engine.pid) == os.getsid(0)
+    finally:
+        engine.stop()
+
+
 def test_stop_before_start_does_nothing(tmp_path: Path):
     server(tmp_path, "").stop()
 
