@@ -92,17 +92,26 @@ def events_of(path, name):
     indirect=True,
 )
 def test_both_handoffs_of_a_stock_router(routed):
+    """One or two prefill chunks, a prompt twice at once, more requests than one at a time."""
     pair, url, is_early = routed
-    text = prompt(301, items=90)
-    expected = reference(pair, text)
-    body = {"model": "m", "prompt": text, "temperature": 0, "max_tokens": 32}
+    texts = [prompt(301 + i, items=20 + 25 * i) for i in range(4)]
+    limits = {"max_tokens": 48, "ignore_eos": True}
+    expected = [tokens(reference(pair, text, **limits)) for text in texts]
+    before = len(events_of(pair.prefill_events, "handoff"))
     since = pair.mark()
-    answer = post(url, "/v1/completions", body | {"return_token_ids": True})
+    body = {"model": "m", "temperature": 0, "return_token_ids": True} | limits
+
+    def ask(text):
+        return tokens(post(url, "/v1/completions", body | {"prompt": text}))
+
+    answers = pair.many([lambda text=text: ask(text) for text in [*texts, texts[-1]]])
     pair.forget()
-    assert tokens(answer) == tokens(expected)
-    assert answer["usage"] == expected["usage"]
-    assert events_of(pair.prefill_events, "handoff")[-1]["early"] is is_early
+    assert answers == [*expected, expected[-1]]
+    handoffs = events_of(pair.prefill_events, "handoff")[before:]
+    assert len(handoffs) == len(answers)
+    assert any(event["early"] for event in handoffs) is is_early
     assert pair.events(since, "verified")
+    assert pair.events(since, "first_token")
     assert not pair.events(since, "failed")
 
 
