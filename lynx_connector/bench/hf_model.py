@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -154,15 +154,23 @@ class HFModel:
                 return found
         return []
 
-    def greedy(self, past: Past, last: int, count: int) -> list[int]:
+    def greedy(
+        self,
+        past: Past,
+        last: int,
+        count: int,
+        before: Callable[[int], None] = lambda token: None,
+    ) -> list[int]:
         """`count` greedy tokens after a cache and the prompt's last token, end tokens included.
 
-        The cache needs room for all of them.
+        The cache needs room for all of them. `before` is called with each token's number before it
+        is computed, and may write into the cache.
         """
         cache = _make_cache(past)
         tokens: list[int] = []
         with torch.inference_mode():
-            for _ in range(count):
+            for number in range(count):
+                before(number)
                 ids = torch.tensor([[last]])
                 output = self.model(input_ids=ids, past_key_values=cache, use_cache=True)
                 last = int(output.logits[0, -1].argmax())

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -13,6 +14,9 @@ from pathlib import Path
 
 import httpx
 import psutil
+
+_DIE_WITH_US = ("setpriv", "--pdeathsig", "TERM")
+"""Ends the server when the thread that started it is gone, even by SIGKILL (util-linux)."""
 
 
 class ServerError(RuntimeError):
@@ -48,15 +52,16 @@ class ServerProcess:
         return self._process.pid if self._process else None
 
     def start(self) -> None:
-        """Start it, its output appended to the log."""
+        """Start it, its output appended to the log; from a thread that outlives it."""
         if self.running:
             raise ServerError(f"{self.name} runs already")
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
             log.write(f"$ {' '.join(self.command)}\n".encode())
             log.flush()
+            tie = _DIE_WITH_US if shutil.which(_DIE_WITH_US[0]) else ()
             self._process = subprocess.Popen(
-                self.command,
+                [*tie, *self.command],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -3,6 +3,9 @@
 
 import os
 import re
+import shutil
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -109,6 +112,36 @@ def test_a_server_has_its_own_group_but_our_session(tmp_path: Path):
         assert os.getsid(engine.pid) == os.getsid(0)
     finally:
         engine.stop()
+
+
+@pytest.mark.skipif(shutil.which("setpriv") is None, reason="needs setpriv (util-linux)")
+@pytest.mark.parametrize("held_still", [False, True])
+def test_a_server_goes_with_the_process_that_started_it(tmp_path: Path, held_still):
+    """Killed by SIGKILL, it has no chance to stop its servers."""
+    starter = """
+import os, sys, signal, time
+from pathlib import Path
+from lynx_connector.demo.process import ServerProcess
+log = Path(sys.argv[1])
+command = [sys.executable, "-c", "import time; time.sleep(600)"]
+engine = ServerProcess("e", command, "", log, os.environ)
+engine.start()
+time.sleep(1)
+if sys.argv[2] == "True":
+    engine.kill(signal.SIGSTOP)
+print(engine.pid, flush=True)
+time.sleep(600)
+"""
+    command = [sys.executable, "-c", starter, str(tmp_path / "log"), str(held_still)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        pid = int(process.stdout.readline())
+        assert psutil.pid_exists(pid)
+        process.kill()
+    try:
+        wait_for(lambda: not psutil.pid_exists(pid))
+    finally:
+        if psutil.pid_exists(pid):
+            os.kill(pid, signal.SIGKILL)
 
 
 def test_stop_before_start_does_nothing(tmp_path: Path):
