@@ -75,12 +75,16 @@ def reference(pair, text, **body):
     return answer
 
 
-def known_reference(pair, text, _known={}, **body):  # noqa: B006
-    """Tokens of the blocking answer, asked for once of each prefill server."""
+KNOWN = {}
+"""Tokens of blocking answers by prefill server and prompt."""
+
+
+def known_reference(pair, text, **body):
+    """Tokens of the blocking answer, asked for once."""
     key = pair.prefill_url, text
-    if key not in _known:
-        _known[key] = tokens(reference(pair, text, **body))
-    return _known[key]
+    if key not in KNOWN:
+        KNOWN[key] = tokens(reference(pair, text, **body))
+    return KNOWN[key]
 
 
 def _reset(url, **params):
