@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prefills that are answered when they begin, behind stock routers and without one."""
+"""Prefills that are answered when they begin, behind stock routers and without one.
+
+The early prefill server also chooses each request's plan itself.
+"""
 
 import copy
 import json
+import re
 import time
 
 import httpx
@@ -18,13 +22,15 @@ from .test_ends import leave_at
 
 
 class EarlyPrefill:
-    """A prefill server that answers when a prefill begins; it has the session pair's tables."""
+    """A prefill server that answers when a prefill begins, with a plan for each request; it has the
+    session pair's tables."""
 
     def __init__(self, model, folder, pair):
         self.bootstrap_port = free_port()
         lynx = {
             "bootstrap_port": self.bootstrap_port,
             "learn_tokens": 2048,
+            "plan": "auto",
             "tables_dir": str(pair.prefill_events.parent / "tables-prefill"),
         }
         arguments = ["--max-num-batched-tokens", str(PREFILL_CHUNK), "--served-model-name", "m"]
@@ -143,6 +149,17 @@ def test_tiers_travel_while_the_prefill_runs(early):
     assert frame["t"] < prefilled["t"]
     assert tokens(answer) == expected
     early.forget()
+
+
+def test_the_plan_follows_what_was_measured(early):
+    """The tests before have shown the link, and told how long a decode step takes."""
+    early.lynx(prompt(305, items=90))
+    early.forget()
+    plan = events_of(early.prefill_events, "plan")[-1]
+    measured = re.search(r"link (\d+) Mbit/s for 1, step \d+ ms$", plan["why"])
+    assert measured, plan["why"]
+    assert LINK_MBIT / 2 < int(measured[1]) < LINK_MBIT * 1.5
+    assert plan["plan"].startswith("klt")  # a plain copy takes four times as long here
 
 
 def test_client_gone_while_the_prefill_runs(early):
