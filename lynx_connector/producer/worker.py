@@ -9,6 +9,7 @@ import logging
 import queue
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,6 +33,9 @@ from lynx_connector.transport.server import TierServer
 from lynx_connector.worker_context import WorkerContext
 
 logger = logging.getLogger("vllm.lynx.producer")
+
+ENCODE_TOKENS = 1024
+"""Most tokens that are encoded before they may be sent."""
 
 
 @dataclass
@@ -301,17 +305,18 @@ class ProducerWorker:
         transfer = job.transfer
         began = time.monotonic()
         blocks: list[ChunkBlock] = []
-        with self._stream.after(job.ready):
-            for piece, tokens in transfer.buffers.overlapping(job.tokens):
-                if transfer.dropped:
-                    return
-                blocks += self._chunks.encode(piece, tokens, job.slots_of(tokens), job.chunk)
-        if not self._store.resize(transfer):
-            self._log_full(transfer)
-            return
-        transfer.touch()
-        transfer.advance(job.tokens.end)
-        self._loop.post(self._server.notify)
+        for part in self._parts(job.tokens):
+            with self._stream.after(job.ready):
+                for piece, tokens in transfer.buffers.overlapping(part):
+                    if transfer.dropped:
+                        return
+                    blocks += self._chunks.encode(piece, tokens, job.slots_of(tokens), job.chunk)
+            if not self._store.resize(transfer):
+                self._log_full(transfer)
+                return
+            transfer.touch()
+            transfer.advance(part.end)
+            self._loop.post(self._server.notify)
         self._events(
             "chunk_encoded",
             transfer.request_id,
@@ -324,6 +329,15 @@ class ProducerWorker:
         self._chunks.keep(blocks)  # like learning, behind what the consumer waits for
         if self._learning is not None and self._learning.active:
             self._learn(job, self._learning)
+
+    def _parts(self, tokens: TokenRange) -> Iterator[TokenRange]:
+        """A chunk in parts that are sent as they are encoded: a prefix-cached prompt is one chunk,
+        however long it is. Between blocks, so that each can be reused."""
+        start, step = tokens.start, max(ENCODE_TOKENS // self._block_size, 1)
+        while start < tokens.end:
+            end = min((start // self._block_size + step) * self._block_size, tokens.end)
+            yield TokenRange(start, end)
+            start = end
 
     def _learn(self, job: _Job, learning: OnlineLearning) -> None:
         """Behind the chunk's rows, so that the consumer does not wait for it."""

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How the tests talk to a running pair, and how they see that nothing was left behind."""
 
+import itertools
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -112,10 +113,16 @@ class Pair(DecodeServer):
         return post(self.prefill_url, "/v1/completions", body)["kv_transfer_params"]
 
     def learn(self) -> None:
-        """Prefill prompts until the prefill server has learned all it wants to."""
-        for seed in range(1000, 1040):
+        """Prefill prompts until the prefill server has learned all it wants to.
+
+        By the clock: on a fresh checkout a codec's kernels are compiled before it is used, and
+        nothing is learned meanwhile.
+        """
+        deadline = time.monotonic() + 300
+        for seed in itertools.count(2000):
             if "learning is done" in self.cluster.prefill.log.read_text():
                 break
+            assert time.monotonic() < deadline, "nothing was learned"
             self.lynx(prompt(seed, items=60), max_tokens=1)
         for seed in range(1040, 1044):  # its scheduler half hears of it with the next steps
             codec = self.prefill_and_drop(prompt(seed))["lynx"]["codec"]

@@ -72,7 +72,7 @@ def test_switch_restart_and_second_consumer(model, tmp_path):
     """Refined to 8 bits: with either codec drafting changes no token."""
     with cold_pair(model, tmp_path) as pair:
         seen = []
-        for seed in range(200, 240):
+        for seed in range(200, 300):
             text = prompt(seed, items=60)
             params, answers = [], []
             for start in ("blocking", "speculative"):
@@ -120,7 +120,7 @@ def test_exact_tier_gives_the_tokens_of_a_single_server(model, tmp_path):
     """Bit for bit the prefill's cache, so that no codec and no switch can be seen at all."""
     with cold_pair(model, tmp_path, final_tier="exact") as pair:
         codecs = []
-        for batch in range(8):
+        for batch in range(25):
             texts = [prompt(400 + 4 * batch + i, items=35 + 5 * i) for i in range(4)]
             expected = [tokens(pair.completion(text, **BODY)) for text in texts]
             pair.forget()

@@ -13,6 +13,7 @@ from lynx_connector.codec import Tier
 from lynx_connector.codec.table_store import store_tables
 from lynx_connector.metadata import EncodePlan
 from lynx_connector.producer.reuse import BlockKey, EncodedBlock, EncodedBlocks
+from lynx_connector.producer.worker import ENCODE_TOKENS
 
 from .worker_pair import BLOCK, COMPAT, learned, noise_cache, values
 
@@ -276,3 +277,18 @@ def test_what_is_kept_owns_its_memory(warm, tables):
         assert all(array.base is None for array in arrays)
         assert sum(array.nbytes for array in arrays) == kept.num_bytes
     assert any(kept.raw is not None for kept in one.worker._kept._blocks.values())
+
+
+def test_a_long_chunk_is_sent_in_parts_of_whole_blocks(producer, consumer):
+    """All of a prefix-cached prompt is one chunk: its first tokens need not wait for the last."""
+    tokens = 3000
+    one, other = producer(), consumer()
+    plan = one.plan()
+    one.prefill("r", tokens, plan, chunk=tokens)
+    one.finish("r")
+    transfer = one.worker._store.lookup("t-r")
+    ends = [encoded for encoded, _ in transfer.ready_since]
+    assert len(ends) == -(-tokens // ENCODE_TOKENS)
+    assert ends[-1] == tokens
+    assert not any(end % BLOCK for end in ends[:-1])
+    assert other.fetch(one.load("r", tokens, plan)) is None
