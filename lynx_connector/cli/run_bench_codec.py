@@ -32,6 +32,8 @@ def run(
 ) -> None:
     """Measure and show; exit status 2 with one line for bad input."""
     console = Console()
+    if not console.is_terminal:  # a file has no width of its own
+        console.width = 150
     try:
         rows = select_rows(codecs)
         learned = any(row.tables for row in rows)

@@ -33,6 +33,8 @@ def run(
     """Measure and show; exit status 2 with one line for bad input."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     console = Console()
+    if not console.is_terminal:  # a file has no width of its own
+        console.width = 150
     try:
         chosen = list(codecs) or list(CODECS)
         check_codecs(chosen)
