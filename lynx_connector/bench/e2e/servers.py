@@ -24,8 +24,7 @@ from lynx_connector.launch import Role, console_script, serve_command
 
 #: What a server takes beside weights and KV cache: three processes' worth of Python and vLLM.
 _BASE_BYTES = int(1.7 * 2**30)
-#: A prefill's last chunk is what streaming leaves to travel. On a CPU this much takes about as long
-#: as vLLM's default of 2,048 tokens and more does on a GPU. All modes have the same.
+#: A prefill's last chunk is what streaming leaves to travel: kept short, for all modes alike.
 CHUNK_TOKENS = 512
 
 
