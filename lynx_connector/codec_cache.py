@@ -6,9 +6,11 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 
+from lynx_kernels import klt_cpu
 from lynx_kernels.paged import PagedKVCache
 
 from lynx_connector.codec import CODECS, Codec, CodecError, KltTables, KVGeometry, get_codec
+from lynx_connector.codec.base import DTYPES
 from lynx_connector.codec.klt import KltCodec
 from lynx_connector.config import DEFAULT_ANCHOR_BITS
 from lynx_connector.protocol import TABLE_CODECS
@@ -53,6 +55,12 @@ class CodecCache:
             while len(self._codecs) > MAX_CODECS:
                 self._codecs.popitem(last=False)
             return codec
+
+    def compile_ahead(self) -> None:
+        """Compile what codecs with tables need before there are any: all of it on a CPU (seconds
+        when not cached), nothing on a GPU, where tables are arguments of what is compiled."""
+        if self._cache is None or self._cache.device.type == "cpu":
+            klt_cpu.compile_kernels(DTYPES[self._geometry.dtype].itemsize)
 
     def layout(self, name: str, anchor_bits: int) -> Codec | RowLayout:
         """The codec itself, or its row widths alone where it needs tables that are not here yet.

@@ -81,6 +81,7 @@ class ProducerWorker:
             )
         )
         if learns:
+            self._codecs.compile_ahead()
             self._compile_stored_tables()
         self._learning = start_learning(context, self._tables, self._codecs) if learns else None
         self._sampler: QuerySampler | None = None

@@ -2,6 +2,7 @@
 """The consumer's end: one connection per producer worker, shared by all transfers from it."""
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Coroutine
@@ -172,6 +173,8 @@ class _Peer:
         self._wanted = WantedTables(self._name, tables)
         self._complete: set[str] = set()
         """Transfers whose frames are all here, but not their tables."""
+        self._keeping: set[asyncio.Task[None]] = set()
+        """Tables that have arrived and are being made ready, while frames go on."""
 
     def add(self, sink: Sink) -> None:
         if not self.sinks:
@@ -227,6 +230,8 @@ class _Peer:
         finally:
             self.lost = True
             watchdog.cancel()
+            for task in self._keeping:
+                task.cancel()
             if not self._connection.done():
                 self._connection.set_exception(TransferError(cause))
                 self._connection.exception()  # retrieved: nobody may be waiting
@@ -289,9 +294,21 @@ class _Peer:
     async def _receive_tables(self, connection: Connection, header: protocol.Tables) -> None:
         buffer = self._wanted.buffer(header)
         await connection.receive_payload(header, buffer)
-        again, cause = await self._wanted.arrived(header, buffer)
+        task = asyncio.ensure_future(self._keep_tables(connection, header, buffer))
+        self._keeping.add(task)
+        task.add_done_callback(self._keeping.discard)
+
+    async def _keep_tables(
+        self, connection: Connection, header: protocol.Tables, buffer: np.ndarray
+    ) -> None:
+        try:
+            again, cause = await self._wanted.arrived(header, buffer)
+        except Exception as error:
+            logger.exception("lynx: tables %s from %s: not kept", header.digest, self._name)
+            again, cause = None, f"cannot be kept: {error}"
         if again is not None:
-            await connection.send(again)
+            with contextlib.suppress(LynxError, ConnectionError):  # `run` sees the end, and tells
+                await connection.send(again)
         elif cause is not None:
             self._without_tables(connection, header.digest, cause)
         else:

@@ -35,6 +35,8 @@ class TablesSink(Protocol):
 @dataclass
 class _Request:
     requests: int = 1
+    answered: bool = False
+    """The answer is here and being looked at."""
     since: float = field(default_factory=time.monotonic)
 
 
@@ -67,15 +69,20 @@ class WantedTables:
         Raises:
             ProtocolError: nobody asked for these.
         """
-        if header.digest not in self._open:
+        request = self._open.get(header.digest)
+        if request is None or request.answered:
             raise ProtocolError(f"unexpected tables {header.digest}")
-        self._open[header.digest].since = time.monotonic()
+        request.answered = True
+        request.since = time.monotonic()
         return np.empty(header.num_bytes, np.uint8)
 
     async def arrived(
         self, header: protocol.Tables, data: np.ndarray
     ) -> tuple[protocol.TablesRequest | None, str | None]:
-        """Hand tables over: (None, None), or what to send again, or why they are given up."""
+        """Hand tables over: (None, None), or what to send again, or why they are given up.
+
+        May take seconds: what else comes over the connection must not wait for it.
+        """
         request = self._open[header.digest]
         try:
             if data.nbytes > self._sink.max_bytes:
@@ -95,17 +102,23 @@ class WantedTables:
             )
             if request.requests < REQUESTS:
                 request.requests += 1
+                request.answered = False
                 request.since = time.monotonic()
                 return protocol.TablesRequest(header.digest), None
             del self._open[header.digest]
             return None, f"refused: {error}"
+        except Exception:
+            del self._open[header.digest]
+            raise
         del self._open[header.digest]
         return None, None
 
     def gone(self, digest: str) -> None:
         """The producer does not have them."""
-        if self._open.pop(digest, None) is None:
+        request = self._open.get(digest)
+        if request is None or request.answered:
             raise ProtocolError(f"unexpected NoTables {digest}")
+        del self._open[digest]
 
     def overdue(self, seconds: float) -> list[str]:
         """Digests whose answer is late: who waits gives up, who comes later waits as long again.

@@ -2,10 +2,12 @@
 """Learned tables between two running workers: announced, asked for once, refused, kept."""
 
 import json
+import threading
 
 import numpy as np
 import pytest
 import torch
+from lynx_kernels import klt_cpu
 
 from lynx_connector.codec import CodecError, get_codec
 from lynx_connector.codec.table_store import TableStore, store_tables
@@ -82,6 +84,73 @@ def test_announced_tables_are_fetched_before_they_are_needed(warm, consumer, tab
     assert len(warm.events.named("tables_sent")) == 1
     assert send(warm, one, "r", warm.plan("klt", [tables.digest])) is None
     assert len(warm.events.named("tables_sent")) == 1
+
+
+def test_frames_go_on_while_tables_are_made_ready(warm, consumer, tables, monkeypatch):
+    """Keeping tables takes a file, and on a GPU a compiler: the connection does not wait for it."""
+    plan, one, ready = warm.plan("klt", [tables.digest]), consumer(), threading.Event()
+    accept = one.worker._tables.accept
+
+    def slowly(*arguments):
+        assert ready.wait(20)
+        accept(*arguments)
+
+    monkeypatch.setattr(one.worker._tables, "accept", slowly)
+    warm.prefill("r", TOKENS, plan)
+    one.step(loads=[warm.load("r", TOKENS, plan)])
+    try:
+        until(lambda: one.worker._active["r"].wire_bytes[1])
+    finally:
+        ready.set()
+    assert one.settle("r") is None
+    assert torch.equal(values(one.cache, np.arange(TOKENS)), expected(warm, plan, tables))
+    warm.finish("r")
+
+
+def test_tables_that_cannot_be_kept_fail_their_transfers(warm, consumer, tables, monkeypatch):
+    plan, one = warm.plan("klt", [tables.digest]), consumer()
+
+    def broken(*arguments):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(one.worker._tables, "accept", broken)
+    assert "cannot be kept: no compiler" in send(warm, one, "r", plan)
+    assert send(warm, one, "plain", warm.plan("hadamard")) is None
+
+
+def test_tables_sent_twice_end_the_connection(warm, consumer, tables, monkeypatch):
+    """Nobody asked for the second ones, also while the first ones are still being kept."""
+    plan, one, ready = warm.plan("klt", [tables.digest]), consumer(), threading.Event()
+    accept = one.worker._tables.accept
+
+    def slowly(*arguments):
+        assert ready.wait(20)
+        accept(*arguments)
+
+    monkeypatch.setattr(one.worker._tables, "accept", slowly)
+    monkeypatch.setattr(
+        sources.TablesSource, "finished", property(lambda self: self.waited(None) < 0)
+    )
+    warm.prefill("r", TOKENS, plan)
+    try:
+        cause = send_encoded(warm, one, "r", plan)
+    finally:
+        ready.set()
+    assert f"unexpected tables {tables.digest}" in cause
+    warm.worker._store.drop("t-r", "test")
+    warm.finish("r")
+
+
+def test_kernels_are_compiled_before_there_are_tables(producer, consumer, monkeypatch):
+    """At the first tables it would hold up the transfer that needs them, for seconds."""
+    compiled = []
+    monkeypatch.setattr(klt_cpu, "compile_kernels", compiled.append)
+    consumer()
+    assert compiled == [4]
+    producer()
+    assert compiled == [4, 4]
+    producer(folder="other", codec="hadamard")
+    assert compiled == [4, 4]
 
 
 def test_a_restarted_consumer_has_its_tables(warm, consumer, tables):
