@@ -20,11 +20,10 @@ import torch
 from lynx_connector.bench.hf_model import HFModel, Past, make_past
 from lynx_connector.bench.learning import TwoFolds
 from lynx_connector.bench.methods import CodecMethod
+from lynx_connector.bench.runner import EXACT_LAST_TOKENS
 from lynx_connector.bench.texts import build_prompts
 from lynx_connector.codec import KltCodec
-from lynx_connector.config import EXACT_FIRST_TOKENS, LynxConfig
-
-EXACT_LAST_TOKENS = int(LynxConfig.model_fields["exact_last_tokens"].default)
+from lynx_connector.config import EXACT_FIRST_TOKENS
 
 
 class Landing:

@@ -19,9 +19,7 @@ from lynx_kernels.rotation import NO_ROTATION, Rotation, fit_rotation
 
 from lynx_connector.bench.errors import BenchError
 from lynx_connector.codec.base import DTYPES, KVGeometry
-
-QUERY_STRIDE = 4
-"""One token of so many shows its queries when tables are learned."""
+from lynx_connector.codec.query_energy import QUERY_STRIDE
 
 
 @dataclass(frozen=True)

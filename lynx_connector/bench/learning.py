@@ -41,7 +41,7 @@ def observe(learner: TableLearner, values: torch.Tensor, queries: torch.Tensor) 
     lossy = values[EXACT_FIRST_TOKENS:]
     learner.observe(paged_cache(lossy), np.arange(len(lossy)), EXACT_FIRST_TOKENS)
     if len(queries):
-        learner.queries.observe(queries)
+        learner.observe_queries(queries)
 
 
 class TwoFolds:

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from lynx_connector.bench.errors import BenchError
 from lynx_connector.bench.hf_model import HFModel, check_folder
@@ -17,6 +15,7 @@ from lynx_connector.bench.output import notes, result_table, save_json, save_png
 from lynx_connector.bench.rows import select_rows
 from lynx_connector.bench.runner import check_prompts, count_steps, measure
 from lynx_connector.bench.texts import check_starts, check_texts
+from lynx_connector.cli.terminal import progress_bar, report_console
 from lynx_connector.codec import CodecError
 
 
@@ -31,9 +30,7 @@ def run(
     dtype: str,
 ) -> None:
     """Measure and show; exit status 2 with one line for bad input."""
-    console = Console()
-    if not console.is_terminal:  # a file has no width of its own
-        console.width = 150
+    console = report_console(150)
     try:
         rows = select_rows(codecs)
         learned = any(row.tables for row in rows)
@@ -67,11 +64,3 @@ def run(
     for line in notes(report, learned):
         console.print(line, highlight=False, soft_wrap=True)
     console.print(f"written: {', '.join(str(f) for f in (json_path, png) if f)}", highlight=False)
-
-
-def progress_bar() -> Progress:
-    """Steps done of all, time, and what was done last; on stderr, gone at the end."""
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(
-        *columns, TextColumn("{task.description}"), console=Console(stderr=True), transient=True
-    )

@@ -21,7 +21,7 @@ from lynx_connector.bench.e2e.report import goals_table, machine_name, result_ta
 from lynx_connector.bench.e2e.rows import to_report
 from lynx_connector.bench.e2e.runner import Bench, Options
 from lynx_connector.bench.errors import BenchError
-from lynx_connector.cli.run_bench_codec import progress_bar
+from lynx_connector.cli.terminal import progress_bar, report_console
 from lynx_connector.demo.client import RequestError
 from lynx_connector.demo.link import LinkError
 from lynx_connector.demo.model import ModelError
@@ -66,9 +66,7 @@ def run(
 
     What was measured before a failure is written all the same.
     """
-    console = Console()
-    if not console.is_terminal:  # a file has no width of its own
-        console.width = 120
+    console = report_console(120)
     # A closed terminal and a plain kill clean up as Ctrl-C does.
     for name in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(name, _interrupt)

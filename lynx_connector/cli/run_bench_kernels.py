@@ -16,6 +16,7 @@ from lynx_connector.bench.errors import BenchError
 from lynx_connector.bench.kernels.ops import check_codecs
 from lynx_connector.bench.kernels.runner import measure
 from lynx_connector.bench.output import save_json
+from lynx_connector.cli.terminal import report_console
 from lynx_connector.codec import CODECS, CodecError
 from lynx_connector.codec.base import DTYPES
 
@@ -32,9 +33,7 @@ def run(
 ) -> None:
     """Measure and show; exit status 2 with one line for bad input."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    console = Console()
-    if not console.is_terminal:  # a file has no width of its own
-        console.width = 150
+    console = report_console(150)
     try:
         chosen = list(codecs) or list(CODECS)
         check_codecs(chosen)

@@ -30,7 +30,7 @@ class TableLearner:
         self.geometry = geometry
         self.rotation = rotation
         self.tokens = 0
-        self.queries = QueryEnergy(geometry, rotation)
+        self._queries = QueryEnergy(geometry, rotation)
         shape = (geometry.num_layers, 2, geometry.num_kv_heads, geometry.head_dim)
         self._count = torch.zeros(shape[:3], dtype=torch.float64)
         self._sum = torch.zeros(shape, dtype=torch.float64)
@@ -48,6 +48,10 @@ class TableLearner:
             self._square[layer] += values.transpose(-1, -2) @ values
         self.tokens += len(slots)
 
+    def observe_queries(self, queries: torch.Tensor) -> None:
+        """Add queries as `QueryEnergy.observe` takes them."""
+        self._queries.observe(queries)
+
     def build(self) -> KltTables:
         """Tables from what was observed. Raises CodecError before anything was."""
         if not self.tokens:
@@ -56,7 +60,7 @@ class TableLearner:
         mean = self._sum / count
         square = self._square[:, 0] / count[:, 0].unsqueeze(-1)
         covariance = square - mean[:, 0].unsqueeze(-1) * mean[:, 0].unsqueeze(-2)
-        weight = self.queries.weight()
+        weight = self._queries.weight()
         variance, vectors = np.linalg.eigh(weight @ covariance.numpy() @ weight)
         variance = np.maximum(variance, 1e-6 * variance[..., -1:] + 1e-12)
         widths = _widths(

@@ -16,6 +16,9 @@ from numpy.typing import NDArray
 
 from lynx_connector.codec.base import KVGeometry
 
+QUERY_STRIDE = 4
+"""One token of so many shows its queries while tables are learned."""
+
 _DISTANCES = (0, 1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 144, 233, 377, 610, 987, 1500)
 _FLOOR = 1e-3
 """Least energy of a direction, as a part of the largest one's."""

@@ -10,7 +10,9 @@ from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
+import torch
 from lynx_kernels.paged import PagedKVCache
+from lynx_kernels.rotation import Rotation
 
 from lynx_connector.codec import CodecError, KltTables
 from lynx_connector.codec.klt_learner import TableLearner
@@ -31,22 +33,18 @@ class Learner(Protocol):
     def tokens(self) -> int:
         """Tokens observed so far."""
 
+    @property
+    def rotation(self) -> Rotation:
+        """What K is rotated back by."""
+
     def observe(self, cache: PagedKVCache, slots: np.ndarray, first_position: int) -> None:
         """Add the tokens at `slots`, positions first_position and up, to the statistics."""
 
-    def observe_queries(self, sample: QuerySample) -> None:
-        """Add queries of some of these tokens."""
+    def observe_queries(self, queries: torch.Tensor) -> None:
+        """Add queries [n, L, query heads, D] of some of these tokens, before RoPE."""
 
     def build(self) -> KltTables:
         """Tables from what was observed."""
-
-
-class ModelLearner(TableLearner):
-    """A `TableLearner` that takes queries as attention shows them."""
-
-    def observe_queries(self, sample: QuerySample) -> None:
-        """As `Learner.observe_queries`."""
-        self.queries.observe(sample.before_rope(self.rotation))
 
 
 class OnlineLearning:
@@ -101,7 +99,7 @@ class OnlineLearning:
         if not self._marks or self._building():
             return
         try:
-            self._learner.observe_queries(sample)
+            self._learner.observe_queries(sample.before_rope(self._learner.rotation))
             self._queries += len(sample.slots)
         except Exception:
             logger.exception("lynx: learning from queries failed; tables go without")
@@ -161,7 +159,7 @@ def start_learning(
     if config.learn_tokens <= tables.learned_tokens:
         return None
     try:
-        learner = ModelLearner(context.geometry, context.rotation)
+        learner = TableLearner(context.geometry, context.rotation)
     except CodecError as error:
         logger.warning("lynx: no tables can be learned for this model: %s", error)
         return None

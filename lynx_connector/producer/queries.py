@@ -7,6 +7,7 @@ No connector hook shows queries, so attention itself is tapped while there is so
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -14,13 +15,14 @@ import numpy as np
 import torch
 from lynx_kernels.rotation import Rotation
 
+from lynx_connector.codec.query_energy import QUERY_STRIDE
 from lynx_connector.metadata import EncodeChunk
 from lynx_connector.transfer import TokenRange, slots_of
 
+logger = logging.getLogger("vllm.lynx.tables")
+
 MAX_SAMPLES = 256
 """Queries kept of one step at most, of each layer: those of an 8B model take 64 MiB."""
-STRIDE = 4
-"""One token of so many is sampled."""
 
 
 class QuerySample(NamedTuple):
@@ -46,6 +48,8 @@ class QuerySample(NamedTuple):
 class QuerySampler:
     """Between `expect` and `take` lies one forward pass. For the worker's main thread.
 
+    Whatever goes wrong with the samples costs the samples, never the pass.
+
     tap: has every attention layer's (index, query, slot mapping) shown to a function, and returns
     what ends that.
     """
@@ -62,11 +66,14 @@ class QuerySampler:
         self._rows: torch.Tensor | None = None
         self._slots: torch.Tensor | None = None
         self._layers: dict[int, torch.Tensor] = {}
+        self._broken = False
         self._untap = tap(self._see)
 
     def expect(self, chunks: Sequence[EncodeChunk]) -> None:
         """Before the forward pass that computes these chunks."""
-        self._positions, self._rows, self._layers = {}, None, {}
+        self._positions, self._rows, self._slots, self._layers = {}, None, None, {}
+        if self._broken:
+            return
         for chunk in chunks:
             tokens = TokenRange(max(chunk.start, chunk.fresh), chunk.end)
             if not len(tokens):
@@ -74,7 +81,7 @@ class QuerySampler:
             first_block = chunk.start // self._block_size
             slots = slots_of(tokens, chunk.block_ids, first_block, self._block_size)
             room = max(MAX_SAMPLES - len(self._positions), 0)
-            count = min(-(-len(tokens) // STRIDE), room)
+            count = min(-(-len(tokens) // QUERY_STRIDE), room)
             picked = np.linspace(0, len(tokens) - 1, count).astype(np.int64)
             self._positions |= {
                 int(slots[index]): tokens.start + int(index) for index in picked.tolist()
@@ -83,20 +90,23 @@ class QuerySampler:
     def _see(self, layer: int, query: torch.Tensor, slot_mapping: torch.Tensor) -> None:
         if not self._positions:
             return
-        if self._rows is None:
-            wanted = torch.tensor(list(self._positions), device=slot_mapping.device)
-            self._rows = torch.isin(slot_mapping, wanted).nonzero().squeeze(1)
-            self._slots = slot_mapping[self._rows]
-        self._layers[layer] = query[self._rows].detach()
+        try:
+            if self._rows is None:
+                wanted = torch.tensor(list(self._positions), device=slot_mapping.device)
+                self._rows = torch.isin(slot_mapping, wanted).nonzero().squeeze(1)
+                self._slots = slot_mapping[self._rows]
+            self._layers[layer] = query[self._rows].detach()
+        except Exception:
+            logger.exception("lynx: attention's queries cannot be read; tables go without")
+            self._positions, self._broken = {}, True
 
     def take(self) -> QuerySample | None:
         """After the forward pass; None where it showed nothing."""
-        positions, self._positions = self._positions, {}
-        if self._slots is None or len(self._layers) != self._num_layers or not len(self._slots):
+        positions, slots, layers = self._positions, self._slots, self._layers
+        self._positions, self._slots, self._layers = {}, None, {}
+        if slots is None or not len(slots) or len(layers) != self._num_layers:
             return None
-        layers = [self._layers[layer] for layer in range(self._num_layers)]
-        slots, self._layers, self._slots = self._slots, {}, None
-        return QuerySample(slots, positions, layers)
+        return QuerySample(slots, positions, [layers[i] for i in range(self._num_layers)])
 
     def close(self) -> None:
         """Leave attention as it was."""

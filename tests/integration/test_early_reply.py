@@ -74,11 +74,16 @@ def routed(request, pair, early, tmp_path):
 def reference(pair, text, **body):
     """The blocking answer; afterwards the prefill has to compute the prompt anew."""
     answer = pair.blocking(text, **body)
+    forget_prefill(pair)
+    return answer
+
+
+def forget_prefill(pair):
+    """Empty the prefill's prefix cache, as `Pair.forget` does on the decode side."""
     deadline = time.monotonic() + 20
     while not _reset(pair.prefill_url):
         assert time.monotonic() < deadline, "the prefill still holds blocks"
         time.sleep(0.1)
-    return answer
 
 
 KNOWN = {}
@@ -115,7 +120,7 @@ def test_both_handoffs_of_a_stock_router(routed):
     texts = [prompt(301 + i, items=20 + 35 * i) for i in range(3)]
     limits = {"max_tokens": 48, "ignore_eos": True}
     expected = [known_reference(pair, text, **limits) for text in texts]
-    _reset(pair.prefill_url)
+    forget_prefill(pair)
     before = len(events_of(pair.prefill_events, "handoff"))
     since = pair.mark()
     body = {"model": "m", "temperature": 0, "return_token_ids": True} | limits

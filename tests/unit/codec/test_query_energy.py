@@ -58,7 +58,7 @@ def test_scores_are_better_than_with_tables_that_know_only_keys():
     source = cache()
     plain = learner(source)
     weighted = learner(source)
-    weighted.queries.observe(queries())
+    weighted.observe_queries(queries())
     assert score_error(weighted.build(), source) < 0.5 * score_error(plain.build(), source)
 
 

@@ -3,9 +3,12 @@
 
 import numpy as np
 import pytest
+import torch
+from lynx_kernels.rotation import NO_ROTATION
 
 from lynx_connector.events import SILENT
 from lynx_connector.producer.learning import FIRST_TABLES_TOKENS, OnlineLearning
+from lynx_connector.producer.queries import QuerySample
 
 from .worker_pair import COMPAT, geometry, learned, noise_cache
 
@@ -18,6 +21,8 @@ class FakeTables:
 
 
 class FakeLearner:
+    rotation = NO_ROTATION
+
     def __init__(self, broken=False):
         self.tokens, self.positions, self.broken = 0, [], broken
 
@@ -25,7 +30,7 @@ class FakeLearner:
         self.tokens += len(slots)
         self.positions.append(first_position)
 
-    def observe_queries(self, sample):
+    def observe_queries(self, queries):
         raise ValueError("queries of another shape")
 
     def build(self):
@@ -71,8 +76,9 @@ def test_tables_come_early_and_once_more(learn_tokens, learned_tokens, expected)
 
 def test_queries_that_cannot_be_learned_from_cost_only_themselves(caplog):
     _, _, learning = fed(8192, chunks=1)
-    learning.observe_queries(None)
-    assert "queries failed" in caplog.text
+    sample = QuerySample(torch.tensor([0]), {0: 5}, [torch.zeros(1, 2, 64)])
+    learning.observe_queries(sample)
+    assert "queries of another shape" in caplog.text
     assert learning.active
 
 

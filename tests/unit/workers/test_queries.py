@@ -92,6 +92,17 @@ def test_a_sample_is_bounded_whatever_the_step():
     assert len(one.take().slots) == MAX_SAMPLES
 
 
+def test_a_sample_that_fails_does_not_fail_the_pass(caplog):
+    attention, one = sampler()
+    one.expect([chunk(0, 32, [0, 1])])
+    attention.run(range(32), queries(8))  # fewer rows than slots
+    assert one.take() is None
+    assert "queries cannot be read" in caplog.text
+    one.expect([chunk(0, 32, [0, 1])])
+    attention.run(range(32), queries(32))
+    assert one.take() is None  # and it is not tried again
+
+
 def test_attention_is_left_as_it_was():
     attention, one = sampler()
     one.close()
