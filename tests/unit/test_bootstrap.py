@@ -13,15 +13,15 @@ from lynx_connector.consumer.bootstrap import BootstrapClient
 from lynx_connector.consumer.scheduler import ConsumerScheduler
 from lynx_connector.errors import ConfigError, TransferError
 from lynx_connector.metadata import LynxMetadata
+from lynx_connector.plan.planner import Planner
 from lynx_connector.producer.bootstrap import MAX_REMEMBERED, BootstrapServer
 from lynx_connector.producer.scheduler import ProducerScheduler
 from lynx_connector.protocol import MooncakeLeg
 
-from .test_scheduler_halves import (
+from .halves.objects import (
     BLOCK,
     NO_EVENTS,
     SHAPE,
-    Planner,
     Status,
     admit,
     blocks,

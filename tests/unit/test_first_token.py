@@ -6,15 +6,15 @@ import pytest
 from lynx_connector import first_token
 from lynx_connector.config import LynxConfig
 from lynx_connector.metadata import LynxWorkerMetadata
+from lynx_connector.plan.planner import Planner
 from lynx_connector.producer.scheduler import ProducerScheduler
 
-from .test_scheduler_halves import (
+from .halves.objects import (
     BLOCK,
     NO_EVENTS,
     PREFILL,
     SHAPE,
     TOKEN,
-    Planner,
     Sampling,
     admit,
     consumer,
