@@ -97,7 +97,10 @@ class QuerySampler:
                 self._slots = slot_mapping[self._rows]
             self._layers[layer] = query[self._rows].detach()
         except Exception:
-            logger.exception("lynx: attention's queries cannot be read; tables go without")
+            logger.exception(
+                "lynx: attention's queries cannot be read: klt's tables are learned from K alone "
+                "and its drafts are a little worse; no request is affected"
+            )
             self._positions, self._broken = {}, True
 
     def take(self) -> QuerySample | None:

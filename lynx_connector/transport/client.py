@@ -304,7 +304,11 @@ class _Peer:
         try:
             again, cause = await self._wanted.arrived(header, buffer)
         except Exception as error:
-            logger.exception("lynx: tables %s from %s: not kept", header.digest, self._name)
+            logger.exception(
+                "lynx: tables %s from %s cannot be kept: transfers that need them fail",
+                header.digest,
+                self._name,
+            )
             again, cause = None, f"cannot be kept: {error}"
         if again is not None:
             with contextlib.suppress(LynxError, ConnectionError):  # `run` sees the end, and tells
