@@ -118,29 +118,6 @@ def test_tables_that_cannot_be_kept_fail_their_transfers(warm, consumer, tables,
     assert send(warm, one, "plain", warm.plan("hadamard")) is None
 
 
-def test_tables_sent_twice_end_the_connection(warm, consumer, tables, monkeypatch):
-    """Nobody asked for the second ones, also while the first ones are still being kept."""
-    plan, one, ready = warm.plan("klt", [tables.digest]), consumer(), threading.Event()
-    accept = one.worker._tables.accept
-
-    def slowly(*arguments):
-        assert ready.wait(20)
-        accept(*arguments)
-
-    monkeypatch.setattr(one.worker._tables, "accept", slowly)
-    monkeypatch.setattr(
-        sources.TablesSource, "finished", property(lambda self: self.waited(None) < 0)
-    )
-    warm.prefill("r", TOKENS, plan)
-    try:
-        cause = send_encoded(warm, one, "r", plan)
-    finally:
-        ready.set()
-    assert f"unexpected tables {tables.digest}" in cause
-    warm.worker._store.drop("t-r", "test")
-    warm.finish("r")
-
-
 def test_kernels_are_compiled_before_there_are_tables(producer, consumer, monkeypatch):
     """At the first tables it would hold up the transfer that needs them, for seconds."""
     compiled = []
