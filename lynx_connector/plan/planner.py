@@ -4,8 +4,17 @@
 import logging
 from collections.abc import Mapping
 
-from lynx_connector.plan.policy import Choice, Measured, Wanted, choose, configured
+from lynx_connector.plan.meters import PrefillMeter
+from lynx_connector.plan.policy import (
+    DEFAULT_STEP_MS,
+    Choice,
+    Measured,
+    Wanted,
+    choose,
+    configured,
+)
 from lynx_connector.plan.shape import KVShape
+from lynx_connector.plan.taper import Pace, next_chunk
 
 logger = logging.getLogger("vllm.lynx.plan")
 
@@ -24,6 +33,11 @@ class Planner:
         self._limit = limit_mbit
         self._link_mbit: dict[int, float] = {}
         self._step_ms: dict[int, float] = {}
+        self._prefills = PrefillMeter()
+
+    def step(self, scheduled: Mapping[str, int]) -> None:
+        """A step of the engine begins: tokens to compute by request."""
+        self._prefills.step(scheduled)
 
     def update(self, link_mbit: Mapping[int, float], step_ms: Mapping[int, float]) -> None:
         """What workers measured, by rank."""
@@ -53,3 +67,14 @@ class Planner:
             choice = configured(wanted, self._shape, "plan: fixed")
         logger.info("lynx: request %s: plan %s: %s", request_id, choice.name, choice.why)
         return choice
+
+    def next_chunk(self, left: int, most: int, bits: float, block_size: int) -> int:
+        """Tokens to compute next of a prompt's `left` last ones, at most `most`, where an element
+        takes `bits` on the wire: `taper`. `most` while a time is not known."""
+        measured = self.measured
+        pass_s = (measured.step_ms or DEFAULT_STEP_MS) / 1e3
+        token_s = self._prefills.token_s(pass_s)
+        if measured.link_mbit is None or token_s is None:
+            return most
+        wire_s = self._shape.elements_per_token * bits / (measured.link_mbit * 1e6)
+        return next_chunk(left, most, Pace(pass_s, token_s, wire_s), block_size)

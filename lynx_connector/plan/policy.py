@@ -44,7 +44,8 @@ class Measured:
 
 @dataclass(frozen=True)
 class Choice:
-    """The plan chosen. `name` is short, for logs and metrics; `draft_limit` 0 gives no hint."""
+    """The plan chosen. `name` is short, for logs and metrics; `draft_limit` 0 gives no hint; `bits`:
+    an element on the wire, all tiers."""
 
     name: str
     codec: str
@@ -52,12 +53,21 @@ class Choice:
     final_tier: str
     draft_limit: int
     why: str
+    bits: float
 
 
 def configured(wanted: Wanted, shape: KVShape, why: str) -> Choice:
     """The plan that follows the configuration."""
     mode = _mode(wanted, shape)
-    return Choice(mode.name, wanted.codec, wanted.anchor_bits, wanted.final_tier, 0, why)
+    return Choice(
+        mode.name,
+        wanted.codec,
+        wanted.anchor_bits,
+        wanted.final_tier,
+        0,
+        why,
+        mode.total_bits,
+    )
 
 
 def choose(
@@ -110,6 +120,7 @@ def choose(
         chosen.final_tier,
         _draft_hint(setting, mode),
         why,
+        mode.total_bits,
     )
 
 

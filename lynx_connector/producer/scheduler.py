@@ -209,6 +209,7 @@ class ProducerScheduler:
 
     def fill(self, metadata: LynxMetadata, output: "SchedulerOutput") -> None:
         """Add this step's finished chunks, drops and preemptions to the workers' metadata."""
+        self._planner.step(output.num_scheduled_tokens)
         metadata.outcomes, self._outcomes = self._outcomes, []
         if not self._prefills and not self._dropped:
             return
@@ -378,6 +379,13 @@ class ProducerScheduler:
             return None
         prefill.answered = True
         return self._hand_over(request.request_id, prefill, early=True)
+
+    def next_chunk(self, request_id: str, left: int, most: int) -> int:
+        """Tokens to compute next of a prompt whose last `left` are not computed yet."""
+        prefill = self._prefills.get(request_id)
+        if prefill is None or prefill.choice is None or not prefill.answered:
+            return most  # nothing travels before the prefill has ended, or nobody knows yet
+        return self._planner.next_chunk(left, most, prefill.choice.bits, self._block_size)
 
     def take_refused(self) -> list[str]:
         """Prefill legs to end with an error."""

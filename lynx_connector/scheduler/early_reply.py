@@ -37,7 +37,18 @@ class EarlyReplyMixin(_Base):
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         if self._replies is not None and (refused := self._replies.take_refused()):
             self._refused += self.finish_requests(refused, RequestStatus.FINISHED_ERROR)
-        return super().schedule(throttle_prefills)
+        with hooks.token_limit(self, self._tokens_of_chunk()):
+            return super().schedule(throttle_prefills)
+
+    def _tokens_of_chunk(self) -> int:
+        """Most tokens of this step: fewer at the end of a prefill that has the engine to itself, so
+        that little is left to travel after it."""
+        most = self.max_num_scheduled_tokens
+        if self._replies is None or len(self.running) != 1 or sum(self.get_request_counts()) != 1:
+            return most
+        request = self.running[0]
+        left = request.num_prompt_tokens - request.num_computed_tokens
+        return self._replies.next_chunk(request.request_id, left, most) if left > 1 else most
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput

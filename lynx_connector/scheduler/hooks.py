@@ -151,7 +151,15 @@ def finish_with_error(scheduler: Scheduler, request: Request) -> None:
 def token_reserve(scheduler: Scheduler, tokens: int, decodes: int) -> Iterator[None]:
     """Schedule with `tokens` less, but never with less than one token for each of `decodes`."""
     saved = scheduler.max_num_scheduled_tokens
-    scheduler.max_num_scheduled_tokens = max(saved - tokens, min(saved, max(decodes, 1)))
+    with token_limit(scheduler, max(saved - tokens, min(saved, max(decodes, 1)))):
+        yield
+
+
+@contextmanager
+def token_limit(scheduler: Scheduler, tokens: int) -> Iterator[None]:
+    """Schedule at most `tokens`."""
+    saved = scheduler.max_num_scheduled_tokens
+    scheduler.max_num_scheduled_tokens = tokens
     try:
         yield
     finally:

@@ -66,6 +66,10 @@ class EarlyReplyPort(Protocol):
     def reply_early(self, request: Request) -> dict[str, Any] | None:
         """`kv_transfer_params` for the router while the prefill goes on; None: not this one."""
 
+    def next_chunk(self, request_id: str, left: int, most: int) -> int:
+        """Tokens to compute next of the prompt's `left` last ones, at most `most`, while no other
+        request wants the engine."""
+
     def take_refused(self) -> list[str]:
         """Requests to end with an error: their transfer could not be told from another."""
 

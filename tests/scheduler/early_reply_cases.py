@@ -48,6 +48,30 @@ def answered_early_and_prefilled_to_its_end(h: Harness) -> None:
 
 
 @case
+def the_end_of_a_prefill_is_computed_in_the_chunks_that_are_asked_for(h: Harness) -> None:
+    replies = h.scheduler.connector.early_replies
+    replies.chunk = 16
+    request_id, _ = _prefill(h, "early")
+    _drain(h)
+    left = [left for left, most in replies.chunks if most == 256]
+    assert left == [44, 28, 12]  # 300 tokens, a first chunk of 256, then as asked
+    assert h.scheduler.max_num_scheduled_tokens == 256
+    assert replies.ended[request_id] == "FINISHED_LENGTH_CAPPED"
+
+
+@case
+def a_prefill_beside_another_request_is_not_held_back(h: Harness) -> None:
+    replies = h.scheduler.connector.early_replies
+    _prefill(h, "early")
+    asked = len(replies.chunks)
+    h.add("A")
+    h.core.step_fn()
+    assert len(replies.chunks) == asked
+    h.run()
+    _drain(h)
+
+
+@case
 def given_up_after_its_early_reply(h: Harness) -> None:
     request_id, _ = _prefill(h, "unwanted")
     request = h.scheduler.requests[request_id]

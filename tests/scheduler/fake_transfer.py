@@ -110,6 +110,8 @@ class FakeReplies:
         self.unwanted: list[str] = []
         self.refused: list[str] = []
         self.ended: dict[str, str] = {}
+        self.chunks: list[tuple[int, int]] = []  # (left, most) as the scheduler asked
+        self.chunk = 0  # tokens to compute next; 0: as many as possible
 
     def add(self, request_id: str, how: str | None) -> None:
         if how == "refused":
@@ -124,6 +126,10 @@ class FakeReplies:
         if self.waiting.pop(request.request_id) == "unwanted":
             self.unwanted.append(request.request_id)
         return {"do_remote_prefill": True}
+
+    def next_chunk(self, request_id: str, left: int, most: int) -> int:
+        self.chunks.append((left, most))
+        return self.chunk or most
 
     def take_unwanted(self) -> list[str]:
         taken, self.unwanted = self.unwanted, []

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a streamed prefill ends: in chunks that get smaller.
+
+What has to travel after a prefill is its last chunk, however long the prompt was. Every chunk costs
+a pass over the weights, though; so the end is halved only as often as that brings the last byte
+forward.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+MIN_CHUNK = 32
+"""A smaller chunk would be little more than the tokens that travel uncompressed."""
+
+MIN_GAIN = 0.5
+"""Passes by which the last byte must come sooner, since what was measured is not exact."""
+
+
+@dataclass(frozen=True)
+class Pace:
+    """pass_s: seconds of a forward pass besides what its tokens cost; token_s: seconds that a token
+    adds to it; wire_s: seconds that a token's tiers take on the link."""
+
+    pass_s: float
+    token_s: float
+    wire_s: float
+
+    def landed(self, before: int, chunks: list[int]) -> float:
+        """Seconds until the last byte has landed, from the start of the first chunk. Each chunk
+        travels once it is computed, behind those before it and `before` tokens of earlier ones."""
+        computed, landed = 0.0, before * self.wire_s
+        for tokens in chunks:
+            computed += self.pass_s + tokens * self.token_s
+            landed = max(landed, computed) + tokens * self.wire_s
+        return landed
+
+
+def next_chunk(left: int, most: int, pace: Pace, block_size: int = 1) -> int:
+    """Tokens to compute next of the `left` last ones of a prompt, at most `most`.
+
+    A whole number of blocks, unless it is all that is left or `most`.
+    """
+    whole = min(left, most)
+    if left > 2 * most:
+        return whole
+    times = [(pace.landed(most, end), end) for end in _ends(left, most, block_size)]
+    soonest, best = min(times)
+    return best[0] if times[0][0] - soonest > MIN_GAIN * pace.pass_s else whole
+
+
+def _ends(left: int, most: int, block_size: int) -> Iterator[list[int]]:
+    """Ways to divide `left` tokens: in whole chunks, then halved once, twice and so on."""
+    yield [most] * (left // most) + ([left % most] if left % most else [])
+    halves: list[int] = []
+    while left >= 2 * MIN_CHUNK:
+        half = min(-(-left // 2 // block_size) * block_size, most)
+        if half >= left:
+            return
+        halves, left = [*halves, half], left - half
+        yield [*halves, left]
