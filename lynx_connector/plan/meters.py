@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping
 
 STEPS = 32
 
-PREFILL_STEPS = 8
+PREFILL_STEPS = 3
+"""Recent ones only: with a longer context a token takes longer."""
 PREFILL_TOKENS = 64
 """Tokens of a step from which it says something of the time that a token takes."""
 

@@ -5,8 +5,10 @@ Everything is an expected value and continuous (half a draft is allowed), so tha
 smoothly with what they depend on. With W the seconds that a tier's bytes take at the wire's rate:
 
     not streamed    landed = prefill + overhead + W(all tokens)
-    streamed        landed = max(prefill + overhead + W(last chunk),
+    streamed        landed = max(prefill + overhead + W(what is left of the last chunk),
                                  first chunk + overhead + W(all tokens))
+
+The last chunk is computed in halves where that brings its last byte forward (`taper`).
 
 A chunk is encoded whole before its first byte leaves, and decoded once its last one is there: an
 encoded mode lands later by both. The anchor counts its own bytes, a finer tier those of all tiers
@@ -27,6 +29,7 @@ from dataclasses import dataclass
 
 from lynx_connector.plan.errors import PlanError, require_not_negative, require_positive
 from lynx_connector.plan.shape import KVShape
+from lynx_connector.plan.taper import Pace, expected_landed
 
 RAW_TOKENS = 17
 """Tokens that travel uncompressed by default: the first one and the last 16."""
@@ -177,7 +180,13 @@ def predict(setting: Setting, mode: Mode) -> Prediction:
     codec = setting.codec_s(mode)
 
     def landed(bits: float) -> float:
-        last = prefilled + setting.wire_bytes(bits, chunk) / rate
+        wire_s = setting.wire_bytes(bits, chunk) / rate
+        last = prefilled + wire_s
+        if mode.streamed:
+            # prefill_tokens_s counts one pass; every halving is one more.
+            computed = setting.prefill_s(chunk)
+            pace = Pace(step, computed / chunk, wire_s / chunk)
+            last = prefilled - computed - step + expected_landed(chunk, pace)
         return codec + max(last, first_chunk + setting.wire_bytes(bits, setting.tokens) / rate)
 
     anchor, final = landed(mode.tier_bits[0]), landed(mode.total_bits)

@@ -44,8 +44,8 @@ class Measured:
 
 @dataclass(frozen=True)
 class Choice:
-    """The plan chosen. `name` is short, for logs and metrics; `draft_limit` 0 gives no hint; `bits`:
-    an element on the wire, all tiers."""
+    """The plan chosen. name: short, for logs and metrics. draft_limit: 0 gives no hint. bits: of an
+    element on the wire, all tiers."""
 
     name: str
     codec: str

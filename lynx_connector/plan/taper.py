@@ -6,11 +6,13 @@ a pass over the weights, though; so the end is halved only as often as that brin
 forward.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 MIN_CHUNK = 32
 """A smaller chunk would be little more than the tokens that travel uncompressed."""
+
+MOST_HALVINGS = 5
 
 MIN_GAIN = 0.5
 """Passes by which the last byte must come sooner, since what was measured is not exact."""
@@ -25,7 +27,7 @@ class Pace:
     token_s: float
     wire_s: float
 
-    def landed(self, before: int, chunks: list[int]) -> float:
+    def landed(self, before: float, chunks: Sequence[float]) -> float:
         """Seconds until the last byte has landed, from the start of the first chunk. Each chunk
         travels once it is computed, behind those before it and `before` tokens of earlier ones."""
         computed, landed = 0.0, before * self.wire_s
@@ -46,6 +48,14 @@ def next_chunk(left: int, most: int, pace: Pace, block_size: int = 1) -> int:
     times = [(pace.landed(most, end), end) for end in _ends(left, most, block_size)]
     soonest, best = min(times)
     return best[0] if times[0][0] - soonest > MIN_GAIN * pace.pass_s else whole
+
+
+def expected_landed(left: float, pace: Pace) -> float:
+    """`Pace.landed` of the best of up to `MOST_HALVINGS` halvings on an idle link, in fractions of a
+    token: smooth, for predictions."""
+    halvings = range(MOST_HALVINGS + 1)
+    ends = ([left / 2**i for i in range(1, n + 1)] + [left / 2**n] for n in halvings)
+    return min(pace.landed(0, end) for end in ends)
 
 
 def _ends(left: int, most: int, block_size: int) -> Iterator[list[int]]:

@@ -50,11 +50,13 @@ def answered_early_and_prefilled_to_its_end(h: Harness) -> None:
 @case
 def the_end_of_a_prefill_is_computed_in_the_chunks_that_are_asked_for(h: Harness) -> None:
     replies = h.scheduler.connector.early_replies
+    replies.chunks.clear()
     replies.chunk = 16
     request_id, _ = _prefill(h, "early")
     _drain(h)
-    left = [left for left, most in replies.chunks if most == 256]
-    assert left == [44, 28, 12]  # 300 tokens, a first chunk of 256, then as asked
+    replies.chunk = 0
+    # 300 tokens: a first chunk of 256, then as asked
+    assert replies.chunks == [(44, 256), (28, 256), (12, 256)], replies.chunks
     assert h.scheduler.max_num_scheduled_tokens == 256
     assert replies.ended[request_id] == "FINISHED_LENGTH_CAPPED"
 
