@@ -51,8 +51,10 @@ def next_chunk(left: int, most: int, pace: Pace, block_size: int = 1) -> int:
 
 
 def expected_landed(left: float, pace: Pace) -> float:
-    """`Pace.landed` of the best of up to `MOST_HALVINGS` halvings on an idle link, in fractions of a
-    token: smooth, for predictions."""
+    """`Pace.landed` of the best of up to `MOST_HALVINGS` halvings on an idle link.
+
+    In fractions of a token, so that predictions are smooth.
+    """
     halvings = range(MOST_HALVINGS + 1)
     ends = ([left / 2**i for i in range(1, n + 1)] + [left / 2**n] for n in halvings)
     return min(pace.landed(0, end) for end in ends)
