@@ -8,6 +8,8 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from lynx_connector.metrics import CATALOGUE, CONSUMER, PRODUCER, TIERS, Kind
+from lynx_connector.plan import KVShape, Setting
+from lynx_connector.plan.modes import mode_of
 from lynx_connector.protocol import PROTOCOL_VERSION
 from lynx_connector.trace import read_events, to_chrome
 
@@ -25,6 +27,18 @@ def scrape(url):
                 labels = tuple(v for k, v in sorted(sample.labels.items()) if k not in own)
                 found[sample.name.removeprefix("vllm:lynx_"), *labels] = sample.value
     return found
+
+
+def planned_bytes(name, num_tokens):
+    """Bytes by tier that a plan of klt or hadamard says a request of the test's model takes."""
+    codec, bits = ("klt", int(name[3:])) if name.startswith("klt") else (name, 4)
+    shape = KVShape(30, 3, 64, "float32")
+    mode = mode_of(codec, shape, anchor_bits=bits)
+    setting = Setting(shape, num_tokens, link_mbit=1, step_ms=1)
+    anchor, total = (
+        setting.wire_bytes(width, num_tokens) for width in (mode.tier_bits[0], mode.total_bits)
+    )
+    return {"anchor": anchor, "residual": total - anchor}
 
 
 class Delta:
@@ -82,6 +96,10 @@ def test_sums_of_both_sides_agree(pair):
     assert sent["frame_queue_seconds_count", "residual"] > 0
     assert sent["frame_send_seconds_sum", "residual"] > 0
     prompt_tokens = pair.events(since, "admitted")[0]["prompt_tokens"]
+    planned = planned_bytes(pair.events(since, "plan")[0]["plan"], prompt_tokens)
+    assert {tier: sent["sent_bytes_total", tier] for tier in TIERS} == {
+        tier: 2 * planned.get(tier, 0) for tier in TIERS
+    }
     assert sent["encoded_tokens_total",] == 2 * prompt_tokens
     assert prompt_tokens / 2 < sent["reused_tokens_total",] < prompt_tokens
     assert received["requests_total", "speculative"] == received["requests_total", "blocking"] == 1
