@@ -23,13 +23,11 @@ import triton
 import triton.language as tl
 from lynx_kernels import exact_code
 from lynx_kernels.exact_code import BIAS, MANTISSA, WIDTH, lanes_of
-from lynx_kernels.tile_triton import device_table
+from lynx_kernels.tile_triton import OPTIONS, device_table
 from numpy.typing import NDArray
 
 _WARP = 32
-_OPTIONS: dict[str, Any] = {"num_warps": 1}
 _PACK_WORDS = 2048
-_PACK_OPTIONS: dict[str, Any] = {"num_warps": 4}
 
 _STATE = tl.constexpr(1 << 16)
 _LOWEST = tl.constexpr(exact_code.LOWEST)
@@ -91,7 +89,7 @@ def encode(
         header=header // 2,
         packed=packed,
         WORDS=_PACK_WORDS,
-        **_PACK_OPTIONS,
+        **OPTIONS,
     )
     return packed.view(torch.uint8), 2 * sizes
 
@@ -141,7 +139,7 @@ def decode(
 def _tables() -> tuple[NDArray[np.uint32], NDArray[np.int32]]:
     """By row and symbol, start << 16 | frequency; by row, low << 16 | escape."""
     code = exact_code.exact_code()
-    return code.start << 16 | code.frequency, code.low << 16 | code.escape
+    return code.start << np.uint32(16) | code.frequency, code.low << np.int32(16) | code.escape
 
 
 def _grid(tokens: int, elements: int) -> tuple[int]:
@@ -153,7 +151,8 @@ def _arguments(
 ) -> dict[str, Any]:
     tokens, elements = coarse.shape
     lanes = lanes_of(elements)
-    return _OPTIONS | {
+    return OPTIONS | {
+        "num_warps": 1,
         "coarse": coarse,
         "spread": spread,
         "tilt": tilt,
@@ -353,6 +352,7 @@ def _decode(
     token, valid, lane = _tile(num_tokens, LANES, ROWS)
     size = tl.load(sizes + token, mask=valid, other=0)
     words = data + (tl.load(ends + token, mask=valid, other=0) - size)
+    size = size.to(tl.int32)
     state = tl.load(words + 2 * lane, mask=valid, other=0).to(tl.uint32)
     state |= tl.load(words + 2 * lane + 1, mask=valid, other=0).to(tl.uint32) << 16
     place = tl.full((ROWS, 1), 2 * LANES, tl.int32)
