@@ -152,7 +152,9 @@ def exact_bad_bytes(_: str, dtype: str, device: str) -> None:
         begin = int(whole[:2].sum())
         for change in range(24):
             token = clean[begin:].copy()
-            if change % 3 == 0:  # states and words
+            if change % 8 == 7:  # states that no encoder ends with
+                token[HEADER : HEADER + 4 * 32] = 0
+            elif change % 3 == 0:  # states and words
                 token[rng.integers(HEADER, len(token), 1 + change % 4)] ^= np.uint8(1 << change % 8)
             elif change % 3 == 1:
                 token = token[: max(len(token) - 2 * int(rng.integers(1, 9)), HEADER + 4 * 32)]
