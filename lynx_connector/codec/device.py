@@ -9,7 +9,7 @@ small; while one part is copied to its rows, the next one is encoded.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -60,7 +60,7 @@ def encode(
             tier: there.piece(number).view(tokens, -1) for number, tier in enumerate(codec.tiers)
         }
         codec.encode_device(
-            cache, _upload_slots(slots[part], cache.device), rows, first_position + part.start
+            cache, upload(slots[part], cache.device), rows, first_position + part.start
         )
         here = _host_buffer(sizes, cache.device)
         here.copy_from(there)
@@ -107,6 +107,25 @@ def warmup(codec: Codec, cache: PagedKVCache) -> None:
         codec.decode_device(rows[:count], cache, slots)
 
 
+def upload(array: NDArray[Any], device: torch.device) -> torch.Tensor:
+    """A copy on the device, queued on the current stream; aligned to 16 bytes."""
+    here, there = _host_buffer([array.nbytes], device), _Buffer([array.nbytes], device)
+    words = _as_numpy(here.piece(0)).view(array.dtype).reshape(array.shape)
+    words[...] = array
+    there.copy_from(here)
+    return there.piece(0).view(torch.from_numpy(words).dtype).view(array.shape)
+
+
+def download(values: torch.Tensor) -> NDArray[Any]:
+    """A copy in host memory, complete when this returns."""
+    on_gpu = values.device.type == "cuda"
+    here = torch.empty(values.shape, dtype=values.dtype, pin_memory=on_gpu)
+    here.copy_(values, non_blocking=True)
+    if on_gpu:
+        torch.cuda.current_stream(values.device).synchronize()
+    return here.numpy()
+
+
 def _parts(codec: Codec, tokens: int) -> Iterator[slice]:
     step = max(1, BUFFER_BYTES // sum(map(codec.bytes_per_token, codec.tiers)))
     for start in range(0, tokens, step):
@@ -115,13 +134,6 @@ def _parts(codec: Codec, tokens: int) -> Iterator[slice]:
 
 def _host_buffer(sizes: Sequence[int], device: torch.device) -> _Buffer:
     return _Buffer(sizes, torch.device("cpu"), pinned=device.type == "cuda")
-
-
-def _upload_slots(slots: NDArray[np.int64], device: torch.device) -> torch.Tensor:
-    here, there = _host_buffer([slots.nbytes], device), _Buffer([slots.nbytes], device)
-    _as_numpy(here.piece(0)).view(np.int64)[:] = slots
-    there.copy_from(here)
-    return there.piece(0).view(torch.int64)
 
 
 def _mark(device: torch.device) -> torch.cuda.Event | None:

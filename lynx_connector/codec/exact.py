@@ -7,6 +7,8 @@ chosen by the error that the codec expects of each element. All of it is integer
 
 from __future__ import annotations
 
+from typing import Any, Protocol
+
 import numpy as np
 import torch
 import xxhash
@@ -18,7 +20,37 @@ from numpy.typing import NDArray
 from lynx_connector.codec.base import Codec, CodecError, Rows
 
 _CHECKSUM = np.dtype("<u8")
-_CHUNK = 64  # tokens encoded at once, to bound the scratch memory
+
+
+class Coder(Protocol):
+    """The code where the cache is: in host memory or on a GPU. `Any` is its kind of words: bits of
+    the tokens' values, uint16 or uint32 [T, elements]."""
+
+    chunk: int
+    """Tokens to be encoded at once, to bound the scratch memory."""
+
+    def words(self, cache: PagedKVCache, slots: NDArray[np.int64]) -> Any:
+        """Words of the tokens at `slots`, which are inside the cache."""
+
+    def write(self, cache: PagedKVCache, slots: NDArray[np.int64], words: Any) -> None:
+        """Inverse of `words`."""
+
+    def encode(
+        self, true: Any, coarse: Any, spread: NDArray[np.int16]
+    ) -> tuple[NDArray[np.uint8], NDArray[np.uint32]]:
+        """Bytes of all tokens in a row, room for a checksum before each, and their lengths."""
+
+    def decode(
+        self,
+        data: NDArray[np.uint8],
+        lengths: NDArray[np.uint32],
+        coarse: Any,
+        spread: NDArray[np.int16],
+    ) -> Any:
+        """True words. Raises ValueError for bytes that nothing is encoded to."""
+
+    def on_host(self, words: Any) -> NDArray:
+        """Words in host memory."""
 
 
 class ExactTier:
@@ -29,10 +61,17 @@ class ExactTier:
         if len(codec.tiers) < 2:
             raise CodecError(f"codec {codec.name} has no tier to refine")
         self.codec = codec
-        self._word = np.dtype(np.uint16 if codec.dtype.itemsize == 2 else np.uint32)
-        self._kind = KIND[codec.dtype]
-        tilt = codec.error_tilt.astype(np.int16)
-        self._tilt = np.ascontiguousarray(tilt.reshape(-1, codec.geometry.head_dim))
+
+    def coder(self, device: torch.device) -> Coder:
+        """The coder for caches on `device`."""
+        tilt = self.codec.error_tilt.astype(np.int16)
+        tilt = np.ascontiguousarray(tilt.reshape(-1, self.codec.geometry.head_dim))
+        kind = KIND[self.codec.dtype]
+        if device.type == "cpu":
+            return _HostCoder(kind, tilt)
+        from lynx_connector.codec.exact_device import DeviceCoder
+
+        return DeviceCoder(kind, tilt, _CHECKSUM.itemsize, device)
 
     def encode(
         self,
@@ -46,16 +85,16 @@ class ExactTier:
 
         cache holds the true values at slots, refined the reconstruction at refined_slots.
         """
+        coder = self.coder(cache.device)
+        slots, refined_slots = cache.check_slots(slots), refined.check_slots(refined_slots)
         parts, lengths = [np.zeros(0, np.uint8)], [np.zeros(0, np.uint32)]
-        for start in range(0, len(slots), _CHUNK):
-            part = slice(start, start + _CHUNK)
-            true = self._words(cache, slots[part])
-            coarse = self._words(refined, refined_slots[part])
-            spread = self.codec.error_spread(anchor_rows[part])
-            data, sizes = exact_cpu.encode(
-                true, coarse, spread, self._tilt, self._kind, _CHECKSUM.itemsize
-            )
-            for place, values in zip(_starts(sizes), true, strict=True):
+        for start in range(0, len(slots), coder.chunk):
+            part = slice(start, start + coder.chunk)
+            true = coder.words(cache, slots[part])
+            coarse = coder.words(refined, refined_slots[part])
+            data, sizes = coder.encode(true, coarse, self.codec.error_spread(anchor_rows[part]))
+            # xxh3 is computed on the host, so that true values are copied there even from a GPU.
+            for place, values in zip(_starts(sizes), coder.on_host(true), strict=True):
                 data[place : place + _CHECKSUM.itemsize] = _checksum(values)
             parts.append(data)
             lengths.append(sizes)
@@ -76,38 +115,57 @@ class ExactTier:
         """
         if len(lengths) != len(slots) or int(lengths.sum(dtype=np.uint64)) != len(data):
             raise CodecError("exact tier: lengths do not add up to the bytes received")
-        coarse = self._words(cache, slots)
-        spread = self.codec.error_spread(anchor_rows)
+        coder = self.coder(cache.device)
+        slots = cache.check_slots(slots)
+        coarse = coder.words(cache, slots)
         try:
-            true = exact_cpu.decode(
-                data, lengths, coarse, spread, self._tilt, self._kind, _CHECKSUM.itemsize
-            )
+            true = coder.decode(data, lengths, coarse, self.codec.error_spread(anchor_rows))
         except ValueError as error:
             raise CodecError(f"exact tier: {error}") from None
-        for index, (place, values) in enumerate(zip(_starts(lengths), true, strict=True)):
+        starts, values_of = _starts(lengths), coder.on_host(true)
+        for index, (place, values) in enumerate(zip(starts, values_of, strict=True)):
             if not np.array_equal(data[place : place + _CHECKSUM.itemsize], _checksum(values)):
                 raise CodecError(f"exact tier: checksum of token {index} differs")
-        if cache.device.type == "cpu":
-            for layer in range(cache.num_layers):
-                raw_cpu.decode_layer(cache, layer, slots, true)
-            return
-        g = self.codec.geometry
-        rows = torch.from_numpy(true.view(np.uint8)).view(self.codec.dtype)
-        rows = rows.reshape(len(slots), g.num_layers, 2, g.num_kv_heads, g.head_dim)
-        for layer in range(g.num_layers):
-            cache.scatter(layer, slots, rows[:, layer])
+        coder.write(cache, slots, true)
 
-    def _words(self, cache: PagedKVCache, slots: NDArray[np.int64]) -> NDArray:
-        """Bits of the tokens at `slots`: [T, elements]."""
-        slots = cache.check_slots(slots)
-        if cache.device.type == "cpu":
-            words = np.empty((len(slots), self.codec.geometry.elements_per_token), self._word)
-            for layer in range(cache.num_layers):
-                raw_cpu.encode_layer(cache, layer, slots, words)
-            return words
-        layers = [cache.gather(layer, slots) for layer in range(cache.num_layers)]
-        values = torch.stack(layers, dim=1).flatten(1).cpu()
-        return values.view(torch.uint8).numpy().view(self._word)
+
+class _HostCoder:
+    """`Coder` of caches in host memory; words are numpy arrays."""
+
+    chunk = 64
+
+    def __init__(self, kind: int, tilt: NDArray[np.int16]) -> None:
+        self._kind = kind
+        self._tilt = tilt
+
+    def words(self, cache: PagedKVCache, slots: NDArray[np.int64]) -> NDArray:
+        words = np.empty((len(slots), self._tilt.size), cache.bits(0).dtype)
+        for layer in range(cache.num_layers):
+            raw_cpu.encode_layer(cache, layer, slots, words)
+        return words
+
+    def write(self, cache: PagedKVCache, slots: NDArray[np.int64], words: NDArray) -> None:
+        for layer in range(cache.num_layers):
+            raw_cpu.decode_layer(cache, layer, slots, words)
+
+    def encode(
+        self, true: NDArray, coarse: NDArray, spread: NDArray[np.int16]
+    ) -> tuple[NDArray[np.uint8], NDArray[np.uint32]]:
+        return exact_cpu.encode(true, coarse, spread, self._tilt, self._kind, _CHECKSUM.itemsize)
+
+    def decode(
+        self,
+        data: NDArray[np.uint8],
+        lengths: NDArray[np.uint32],
+        coarse: NDArray,
+        spread: NDArray[np.int16],
+    ) -> NDArray:
+        return exact_cpu.decode(
+            data, lengths, coarse, spread, self._tilt, self._kind, _CHECKSUM.itemsize
+        )
+
+    def on_host(self, words: NDArray) -> NDArray:
+        return words
 
 
 def _starts(lengths: NDArray[np.uint32]) -> NDArray[np.int64]:

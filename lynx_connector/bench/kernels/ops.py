@@ -2,7 +2,8 @@
 """The operations that are measured: each a call on one workload.
 
 On CPU the numba kernels, host rows to and from the paged cache. On CUDA the Triton kernels alone,
-from and to device memory: the copy to the host is the link's, not theirs.
+from and to device memory: the copy to the host is the link's, not theirs, and so are the exact
+tier's checksums, which on CPU are part of it.
 """
 
 from __future__ import annotations
@@ -86,10 +87,44 @@ def _exact_ops(codec: Codec, load: Workload, anchor: np.ndarray) -> list[Op]:
     exact, slots = ExactTier(codec), load.slots
     encode = partial(exact.encode, load.cache, slots, load.refined, slots, anchor)
     data, lengths = encode()
-    coarse = [load.refined.gather(layer, slots) for layer in range(load.refined.num_layers)]
+    decode = partial(exact.decode, data, lengths, load.refined, slots, anchor)
+    return _in_place(codec, load, encode, decode)
+
+
+def _exact_device_ops(codec: Codec, load: Workload, anchor: torch.Tensor) -> list[Op]:
+    """As `_exact_ops`, by the chunks in which it is used."""
+    from lynx_connector.codec.exact_device import DeviceCoder
+
+    device = load.cache.device
+    coder = ExactTier(codec).coder(device)
+    assert isinstance(coder, DeviceCoder)
+    spread = torch.from_numpy(codec.error_spread(anchor.cpu().numpy())).to(device)
+    parts = [slice(i, i + coder.chunk) for i in range(0, len(load.slots), coder.chunk)]
+
+    def encode() -> list[tuple[torch.Tensor, torch.Tensor]]:
+        true, coarse = (partial(coder.words, cache) for cache in (load.cache, load.refined))
+        return [
+            coder.encode_device(true(load.slots[part]), coarse(load.slots[part]), spread[part])
+            for part in parts
+        ]
+
+    encoded = [(data, lengths.cpu().numpy().astype(np.uint32)) for data, lengths in encode()]
 
     def decode() -> None:
-        exact.decode(data, lengths, load.refined, slots, anchor)
+        for part, (data, lengths) in zip(parts, encoded, strict=True):
+            coarse = coder.words(load.refined, load.slots[part])
+            true = coder.decode_device(data, lengths, coarse, spread[part])
+            coder.write(load.refined, load.slots[part], true)
+
+    return _in_place(codec, load, encode, decode)
+
+
+def _in_place(
+    codec: Codec, load: Workload, encode: Callable[[], object], decode: Callable[[], object]
+) -> list[Op]:
+    """Operations of the exact tier; before each `refined` is what it is now."""
+    slots = load.slots
+    coarse = [load.refined.gather(layer, slots) for layer in range(load.refined.num_layers)]
 
     def restore() -> None:
         for layer, values in enumerate(coarse):
@@ -113,7 +148,9 @@ def _device_ops(codec: Codec, load: Workload) -> list[Op]:
         Op("encode", codec.name, partial(codec.encode_device, load.cache, slots, rows)),
         Op("decode", codec.name, partial(codec.decode_device, tiers[:1], load.refined, slots)),
     ]
-    if len(tiers) > 1:
-        run = partial(codec.decode_device, tiers, load.refined, slots)
-        ops.append(Op("patch", codec.name, run))
-    return ops
+    if len(tiers) == 1:
+        return ops
+    ops.append(Op("patch", codec.name, partial(codec.decode_device, tiers, load.refined, slots)))
+    codec.encode_device(load.cache, slots, rows)
+    codec.decode_device(tiers, load.refined, slots)
+    return ops + _exact_device_ops(codec, load, rows[Tier.ANCHOR])

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Triton kernels: equal to the torch reference, interpreted and on CUDA; fit to be compiled.
 
-The cases are in `triton_cases.py`; the interpreter needs a process of its own.
+The cases are in `triton_cases.py` and `triton_exact_cases.py`; the interpreter needs a process of
+its own.
 """
 
 from __future__ import annotations
@@ -16,19 +17,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
 import triton
-from lynx_kernels import tile_triton
+from lynx_kernels import exact_triton, tile_triton
+from lynx_kernels.exact_code import lanes_of
+from lynx_kernels.tile_cpu import KIND
 from triton.backends import backends
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from tests.unit.conftest import build_cache
 from tests.unit.kernels.triton_cases import CASES, codec_of
+from tests.unit.kernels.triton_exact_cases import EXACT_CASES
 
 HERE = Path(__file__).parent
 MODULES = {
@@ -38,13 +43,14 @@ MODULES = {
     "int8": "uniform_triton",
     "int4": "uniform_triton",
 }
+ALL_CASES = CASES | EXACT_CASES
 HOPPER = GPUTarget("cuda", 90, 32)
 
 
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, str]:
     done = subprocess.run(
-        [sys.executable, HERE / "triton_cases.py"],
+        [sys.executable, HERE / "run_triton_cases.py"],
         env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         text=True,
@@ -54,16 +60,16 @@ def interpreted() -> dict[str, str]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ALL_CASES)
 def test_interpreted_kernels_equal_the_reference(interpreted, case: str) -> None:
     assert not interpreted[case], interpreted[case]
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ALL_CASES)
 def test_kernels_on_cuda_equal_the_reference(case: str) -> None:
-    check, codec, dtype = CASES[case]
+    check, codec, dtype = ALL_CASES[case]
     check(codec, dtype, "cuda")
 
 
@@ -80,7 +86,8 @@ class _Launch:
 
 def _compile(kernel: Any, arguments: dict[str, Any]) -> Any:
     """The kernel for Hopper, which needs no GPU, specialised as a launch would."""
-    types = {torch.uint8: "*u8", torch.int64: "*i64", torch.float32: "*fp32", torch.int32: "*i32"}
+    types = {torch.uint8: "*u8", torch.uint16: "*u16", torch.uint32: "*u32", torch.int16: "*i16"}
+    types |= {torch.int64: "*i64", torch.float32: "*fp32", torch.int32: "*i32"}
     signature, constants, attributes = {}, {}, {}
     for number, parameter in enumerate(kernel.params):
         value = arguments[parameter.name]
@@ -92,7 +99,8 @@ def _compile(kernel: Any, arguments: dict[str, Any]) -> Any:
         else:
             signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
     source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=HOPPER, options=tile_triton.OPTIONS)
+    options = {name: value for name, value in arguments.items() if name in tile_triton.OPTIONS}
+    return triton.compile(source, target=HOPPER, options=options)
 
 
 @pytest.mark.skipif("nvidia" not in backends, reason="Triton was built without its NVIDIA backend")
@@ -141,3 +149,33 @@ def test_compiled_kernels_round_as_the_reference_does(
     for key, code in compiled:
         assert key == "_encode_k" or "fma.rn.f32" not in code
         assert not re.search(r"\.ftz|div\.(full|approx)", code)
+
+
+@pytest.mark.skipif("nvidia" not in backends, reason="Triton was built without its NVIDIA backend")
+@pytest.mark.parametrize(
+    ("dtype", "vectors", "head_dim", "lanes"),
+    [("bfloat16", 1024, 64, 32), ("float16", 2, 80, 1), ("float32", 180, 64, 8)],
+)
+def test_compiled_exact_coder_is_integer_arithmetic_in_registers(
+    monkeypatch, dtype: str, vectors: int, head_dim: int, lanes: int
+) -> None:
+    """No float: nothing is rounded otherwise. Lanes of a warp: nothing waits for shared memory."""
+    kernels = ("_encode", "_pack", "_decode")
+    launches = {name: _Launch(getattr(exact_triton, name)) for name in kernels}
+    for name, launch in launches.items():
+        monkeypatch.setattr(exact_triton, name, launch)
+    kind, word = KIND[getattr(torch, dtype)], torch.uint32 if dtype == "float32" else torch.uint16
+    values = torch.zeros((8, vectors * head_dim), dtype=word)
+    spread = torch.zeros((8, vectors), dtype=torch.int16)
+    tilt = torch.zeros((vectors, head_dim), dtype=torch.int16)
+    assert lanes_of(vectors * head_dim) == lanes
+    exact_triton.encode(values, values, spread, tilt, kind, 8)
+    lengths = np.full(8, 8 + 4 * lanes, np.uint32)
+    data = torch.zeros(int(lengths.sum()), dtype=torch.uint8)
+    with pytest.raises(ValueError, match="last element"):  # nothing was decoded
+        exact_triton.decode(data, lengths, values, spread, tilt, kind, 8)
+    for launch in launches.values():
+        (arguments,) = launch.launches
+        code = _compile(launch.kernel, arguments)
+        assert not re.search(r"\.(b?f16|f32|f64)\b|bar\.sync|\.local", code.asm["ptx"])
+        assert code.metadata.shared == 0

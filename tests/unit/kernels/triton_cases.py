@@ -1,26 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Triton kernels against the torch reference, bit for bit.
 
-`python triton_cases.py` runs every case on CPU tensors. TRITON_INTERPRET=1 must be set before
-Triton is imported, hence a process of its own (`test_triton.py` starts it). Prints one JSON object:
-case -> "" or what differs. Where there is a CUDA device the same cases run in the test process.
+The interpreter needs a process of its own: `run_triton_cases.py`. Where there is a CUDA device the
+same cases run in the test process.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import json
-import sys
-import traceback
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[3]))
-
 from lynx_kernels.paged import PagedKVCache
 from lynx_kernels.rotation import Rotation
 
@@ -208,20 +200,3 @@ CASES: dict[str, tuple[Callable[[str, str, str], None], str, str]] = {
     if (case is not cut_chunks or dtype == "bfloat16")
     and (case is not magnitudes or codec != "klt")
 }
-
-
-def main() -> None:
-    torch.set_num_threads(1)
-    np.seterr(all="ignore")
-    results = {}
-    for name, (case, codec, dtype) in CASES.items():
-        try:
-            case(codec, dtype, "cpu")
-            results[name] = ""
-        except Exception:
-            results[name] = traceback.format_exc()[-2000:]
-    print(json.dumps(results))
-
-
-if __name__ == "__main__":
-    main()
