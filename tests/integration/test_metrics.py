@@ -95,8 +95,11 @@ def test_sums_of_both_sides_agree(pair):
     assert sent["prefills_total", "complete"] == sent["prefill_seconds_count",] == 2
     assert sent["frame_queue_seconds_count", "residual"] > 0
     assert sent["frame_send_seconds_sum", "residual"] > 0
-    prompt_tokens = pair.events(since, "admitted")[0]["prompt_tokens"]
-    planned = planned_bytes(pair.events(since, "plan")[0]["plan"], prompt_tokens)
+    admitted = pair.events(since, "admitted")[0]
+    prompt_tokens = admitted["prompt_tokens"]
+    producer = pair.prefill_events_of(admitted["transfer"])
+    (plan,) = [event["plan"] for event in producer if event["event"] == "plan"]
+    planned = planned_bytes(plan, prompt_tokens)
     assert {tier: sent["sent_bytes_total", tier] for tier in TIERS} == {
         tier: 2 * planned.get(tier, 0) for tier in TIERS
     }

@@ -34,7 +34,7 @@ def cold_pair(model, folder, **lynx):
     cluster = Cluster(
         model,
         folder,
-        link=loopback(40),
+        link=loopback(80),
         dtype="float32",
         router=False,
         prefill=Side(
