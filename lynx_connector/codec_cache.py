@@ -11,8 +11,9 @@ from lynx_kernels.paged import PagedKVCache
 
 from lynx_connector.codec import CODECS, Codec, CodecError, KltTables, KVGeometry, get_codec
 from lynx_connector.codec.base import DTYPES
+from lynx_connector.codec.exact import ExactTier
 from lynx_connector.codec.klt import KltCodec
-from lynx_connector.config import DEFAULT_ANCHOR_BITS
+from lynx_connector.config import DEFAULT_ANCHOR_BITS, FALLBACK_CODEC
 from lynx_connector.protocol import TABLE_CODECS
 from lynx_connector.transfer import RowLayout
 
@@ -55,6 +56,11 @@ class CodecCache:
             while len(self._codecs) > MAX_CODECS:
                 self._codecs.popitem(last=False)
             return codec
+
+    def compile_exact(self) -> None:
+        """Compile what the exact tier needs, of whatever codec."""
+        if self._cache is not None:
+            ExactTier(self.get(FALLBACK_CODEC)).warmup(self._cache)
 
     def compile_ahead(self) -> None:
         """Compile what codecs with tables need before there are any: all of it on a CPU (seconds

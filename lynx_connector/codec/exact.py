@@ -73,6 +73,14 @@ class ExactTier:
 
         return DeviceCoder(kind, tilt, _CHECKSUM.itemsize, device)
 
+    def warmup(self, cache: PagedKVCache) -> None:
+        """Compile or load what the cache's device needs (seconds when not cached), on the bits of
+        its first slot."""
+        coder = self.coder(cache.device)
+        words = coder.words(cache, np.zeros(1, np.int64))
+        spread = np.zeros((1, self.codec.geometry.vectors_per_token), np.int16)
+        coder.decode(*coder.encode(words, words, spread), words, spread)
+
     def encode(
         self,
         cache: PagedKVCache,

@@ -58,6 +58,7 @@ class ConsumerWorker:
         for name in (FALLBACK_CODEC, "bf16"):  # compile before the first request
             self._codecs.get(name)
         self._codecs.compile_ahead()
+        self._codecs.compile_exact()
         self._writer = TierWriter(context.cache, self._codecs, self._tables)
         self._active: dict[str, InboundTransfer] = {}
         self._queued: deque[LoadRequest] = deque()

@@ -71,6 +71,7 @@ class ProducerWorker:
         codec = self._codecs.get(FALLBACK_CODEC if learns else config.codec)
         if config.final_tier is FinalTier.EXACT and len(codec.tiers) > 1:
             ExactTier(codec)  # refuses here what it cannot do
+            self._codecs.compile_exact()
         self._tables = ProducerTables(
             TableStore(
                 config.tables_root(),

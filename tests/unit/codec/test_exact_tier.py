@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lynx_kernels import exact_cpu
 from lynx_kernels.exact_code import NO_ERROR
 
 from lynx_connector.codec import CodecError, KVGeometry, Tier, get_codec
@@ -34,6 +35,19 @@ def refined(codec, true, other, first=0):
 
 def same_bits(one, other):
     return all(np.array_equal(one.bits(i), other.bits(i)) for i in range(one.num_layers))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_warmup_compiles_both_ways_and_leaves_the_cache_alone(make_cache, dtype):
+    cache, before = caches(make_cache, dtype)
+    for layer in range(2):
+        before.bits(layer)[:] = cache.bits(layer)[:] = layer + 1
+    exact_cpu._encoder.cache_clear()
+    exact_cpu._decoder.cache_clear()
+    ExactTier(get_codec("hadamard", KVGeometry(2, 2, 16, dtype))).warmup(cache)
+    assert exact_cpu._encoder.cache_info().currsize == 1
+    assert exact_cpu._decoder.cache_info().currsize == 1
+    assert same_bits(cache, before)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -47,6 +47,16 @@ def test_with_the_exact_tier_every_bit_arrives(producer, consumer, dtype, specul
     assert sent == ["anchor", "residual", "exact"]
 
 
+def test_its_kernels_are_compiled_at_start_up(producer, consumer, monkeypatch):
+    """At the first exact transfer it would hold up the engine's step, for seconds."""
+    compiled = []
+    monkeypatch.setattr(ExactTier, "warmup", lambda tier, cache: compiled.append(cache))
+    other = consumer()  # a handoff decides, not the configuration
+    producer()
+    one = producer(folder="exact", final_tier="exact")
+    assert compiled == [other.cache, one.cache]
+
+
 def test_exact_behind_a_local_prefix(producer, consumer):
     one, other = producer(), consumer()
     plan = one.plan(final_tier="exact")
