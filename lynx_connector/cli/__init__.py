@@ -156,6 +156,9 @@ def plan(
     prefill_tokens_s: Annotated[
         float | None, typer.Option(help="Speed of the prefill; none: it has the prompt cached.")
     ] = None,
+    chunk_tokens: Annotated[
+        int, typer.Option(help="The prefill's --max-num-batched-tokens, for streaming.")
+    ] = 2048,
     token: Annotated[int, typer.Option(help="The token whose time is compared.")] = 32,
     codec: Annotated[str, typer.Option(help="Lynx's: klt or hadamard.")] = "klt",
     anchor_bits: Annotated[int, typer.Option(help="Of klt: 3, 4 or 5.")] = 4,
@@ -183,6 +186,7 @@ def plan(
         link_mbit or [100.0, 1000.0, 10_000.0, 100_000.0],
         step_ms,
         prefill_tokens_s,
+        chunk_tokens,
         token,
         codec,
         anchor_bits,

@@ -64,6 +64,7 @@ class Conditions:
     link_mbit: Sequence[float]
     step_ms: float
     prefill_tokens_s: float | None
+    chunk_tokens: int
     token: int
     codec: str
     anchor_bits: int
@@ -92,6 +93,7 @@ class Conditions:
             link_mbit,
             self.step_ms,
             self.prefill_tokens_s,
+            chunk_tokens=self.chunk_tokens,
             codec_gb_s=device.codec_gb_s,
             verify_cost=device.verify_cost,
         )

@@ -62,6 +62,7 @@ def test_paper_preset_shows_both(tmp_path):
         (["--link-mbit", "-5"], "link_mbit = -5"),
         (["--tokens", "0"], "tokens = 0"),
         (["--prefill-tokens-s", "0"], "prefill_tokens_s = 0"),
+        (["--chunk-tokens", "0"], "chunk_tokens = 0"),
         (["--token", "0"], "token = 0"),
         (["--tensor-parallel-size", "2"], "tensor_parallel_size = 2"),
         (["--layers", "0"], "layers = 0"),
