@@ -2,6 +2,7 @@
 """The prefill instance's planner: what its workers measured, and the plan of each request."""
 
 import logging
+import time
 from collections.abc import Mapping
 
 from lynx_connector.plan.meters import PrefillMeter
@@ -14,7 +15,7 @@ from lynx_connector.plan.policy import (
     configured,
 )
 from lynx_connector.plan.shape import KVShape
-from lynx_connector.plan.taper import Pace, next_chunk
+from lynx_connector.plan.taper import Pace, Unsent, next_chunk
 
 logger = logging.getLogger("vllm.lynx.plan")
 
@@ -68,7 +69,7 @@ class Planner:
         logger.info("lynx: request %s: plan %s: %s", request_id, choice.name, choice.why)
         return choice
 
-    def next_chunk(self, left: int, most: int, bits: float, block_size: int) -> int:
+    def next_chunk(self, left: int, most: int, bits: float, unsent: Unsent, block_size: int) -> int:
         """Tokens to compute next of a prompt's `left` last ones, at most `most`, where an element
         takes `bits` on the wire: `taper`. `most` while a time is not known."""
         measured = self.measured
@@ -77,4 +78,5 @@ class Planner:
         if measured.link_mbit is None or token_s is None:
             return most
         wire_s = self._shape.elements_per_token * bits / (measured.link_mbit * 1e6)
-        return next_chunk(left, most, Pace(pass_s, token_s, wire_s), block_size)
+        before = unsent.update(left, time.monotonic(), wire_s)
+        return next_chunk(left, most, Pace(pass_s, token_s, wire_s), before, block_size)

@@ -37,15 +37,35 @@ class Pace:
         return landed
 
 
-def next_chunk(left: int, most: int, pace: Pace, block_size: int = 1) -> int:
-    """Tokens to compute next of the `left` last ones of a prompt, at most `most`.
+@dataclass
+class Unsent:
+    """Computed tokens of one prompt that, by the link's rate, are still under way.
+
+    left: tokens of the prompt that are not computed yet, at `since` (seconds of any clock).
+    """
+
+    left: int
+    since: float
+    tokens: float = 0.0
+
+    def update(self, left: int, now: float, wire_s: float) -> float:
+        """What is under way now that `left` tokens are left to compute."""
+        sent = (now - self.since) / wire_s
+        self.tokens = max(self.tokens - sent, 0.0) + self.left - left
+        self.left, self.since = left, now
+        return self.tokens
+
+
+def next_chunk(left: int, most: int, pace: Pace, before: float, block_size: int = 1) -> int:
+    """Tokens to compute next of the `left` last ones of a prompt, at most `most`, when `before`
+    tokens are still under way.
 
     A whole number of blocks, unless it is all that is left or `most`.
     """
     whole = min(left, most)
     if left > 2 * most:
         return whole
-    times = [(pace.landed(most, end), end) for end in _ends(left, most, block_size)]
+    times = [(pace.landed(before, end), end) for end in _ends(left, most, block_size)]
     soonest, best = min(times)
     return best[0] if times[0][0] - soonest > MIN_GAIN * pace.pass_s else whole
 

@@ -28,6 +28,7 @@ from lynx_connector.metadata import (
 )
 from lynx_connector.plan.planner import Planner
 from lynx_connector.plan.policy import Choice, Wanted
+from lynx_connector.plan.taper import Unsent
 from lynx_connector.protocol import PROTOCOL_VERSION, TABLE_CODECS, prompt_digest
 
 if TYPE_CHECKING:
@@ -61,6 +62,8 @@ class _Prefill:
     arrived: float = field(default_factory=time.monotonic)
     choice: Choice | None = None
     """What the planner said of it."""
+    unsent: Unsent | None = None
+    """What its streaming is behind, once it was asked for."""
     answered: bool = False
     """The router has its reply: how the prefill ends reaches the consumer with the KV."""
     sampling: str = ""
@@ -385,7 +388,11 @@ class ProducerScheduler:
         prefill = self._prefills.get(request_id)
         if prefill is None or prefill.choice is None or not prefill.answered:
             return most  # nothing travels before the prefill has ended, or nobody knows yet
-        return self._planner.next_chunk(left, most, prefill.choice.bits, self._block_size)
+        if prefill.unsent is None:
+            prefill.unsent = Unsent(prefill.num_tokens, prefill.arrived)
+        return self._planner.next_chunk(
+            left, most, prefill.choice.bits, prefill.unsent, self._block_size
+        )
 
     def take_refused(self) -> list[str]:
         """Prefill legs to end with an error."""

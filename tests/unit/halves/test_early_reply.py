@@ -7,7 +7,9 @@ from lynx_connector.metadata import LynxWorkerMetadata
 from lynx_connector.protocol import parse_handoff, prompt_digest
 
 from .objects import (
+    BLOCK,
     PREFILL,
+    SHAPE,
     Status,
     admit,
     consumer,
@@ -54,6 +56,21 @@ def test_the_failure_of_an_answered_prefill_goes_to_its_consumer():
     (outcome,) = metadata.outcomes
     assert "FINISHED_ABORTED" in outcome.cause
     assert outcome.first_token is None
+
+
+def test_only_an_answered_prefill_ends_in_smaller_chunks(monkeypatch):
+    half = producer()
+    mbit = SHAPE.elements_per_token * 8.2 / 500  # half a millisecond a token
+    half.update(LynxWorkerMetadata(link_mbit={0: mbit}, step_ms={0: 30.0}))
+    monkeypatch.setattr(half._planner._prefills, "token_s", lambda pass_s: 0.0012)
+    one = request(params=PREFILL, prompt=2000)
+    half.add(one)
+    assert half.next_chunk("r", 1000, 1024) == 1024
+    filled(half, step(new=[("r", range(2000 // BLOCK), 0, 1000)]))
+    assert half.next_chunk("r", 1000, 1024) == 1024
+    half.reply_early(one)
+    assert half.next_chunk("r", 1000, 1024) == 512
+    assert half.next_chunk("other", 1000, 1024) == 1024
 
 
 @pytest.mark.parametrize("fields", [{"max_tokens": 2}, {"resumable": True}])

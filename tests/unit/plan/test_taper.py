@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The end of a streamed prefill: which chunks, and what they are decided by."""
 
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -8,19 +10,22 @@ from hypothesis import strategies as st
 from lynx_connector.plan import KVShape
 from lynx_connector.plan.meters import PREFILL_STEPS, PREFILL_TOKENS, PrefillMeter
 from lynx_connector.plan.planner import Planner
-from lynx_connector.plan.taper import Pace, next_chunk
+from lynx_connector.plan.taper import Pace, Unsent, next_chunk
 
 SHAPE = KVShape(30, 3, 64)
 seconds = st.floats(0, 1, allow_subnormal=False)
-paces = st.builds(Pace, seconds, st.floats(0, 0.01), st.floats(0, 0.01))
+paces = st.builds(Pace, seconds, st.floats(0, 0.01), st.floats(1e-9, 0.01))
 
 
 def chunks_of(left: int, most: int, pace: Pace, block: int) -> list[int]:
-    chunks = []
+    chunks, now = [], 0.0
+    unsent = Unsent(left, now)
     while left:
-        chunks.append(next_chunk(left, most, pace, block))
+        before = unsent.update(left, now, pace.wire_s)
+        chunks.append(next_chunk(left, most, pace, before, block))
         left -= chunks[-1]
         assert left >= 0
+        now += pace.pass_s + chunks[-1] * pace.token_s
     return chunks
 
 
@@ -33,7 +38,7 @@ def test_the_last_byte_is_never_later_than_with_whole_chunks(left, most, pace, b
     chunks = chunks_of(left, most, pace, block)
     assert sum(chunks) == left
     assert max(chunks) <= most
-    assert pace.landed(most, chunks) <= pace.landed(most, whole(left, most)) * (1 + 1e-9)
+    assert pace.landed(0, chunks) <= pace.landed(0, whole(left, most)) * (1 + 1e-9)
     end = 0
     for chunk in chunks[:-1]:
         end += chunk
@@ -89,11 +94,22 @@ def test_whole_chunks_until_link_and_prefill_are_measured():
     planner = Planner(False, SHAPE, "cpu")
     clock = Clock()
     planner._prefills = PrefillMeter(clock)
-    assert planner.next_chunk(512, 512, 8.2, 16) == 512
+
+    def chunk(left):
+        return planner.next_chunk(left, 512, 8.2, Unsent(left + 512, time.monotonic()), 16)
+
+    assert chunk(512) == 512
     planner.step({"a": 512})
     clock.now = 0.7
     planner.step({"a": 512})
-    assert planner.next_chunk(512, 512, 8.2, 16) == 512
+    assert chunk(512) == 512
     planner.update({0: 200.0}, {0: 30.0})
-    assert planner.next_chunk(512, 512, 8.2, 16) == 256
-    assert planner.next_chunk(4096, 512, 8.2, 16) == 512
+    assert chunk(512) == 256
+    assert chunk(4096) == 512
+
+
+def test_what_is_under_way_is_what_was_computed_less_what_the_link_took():
+    unsent = Unsent(1000, 10.0)
+    assert unsent.update(500, 11.0, wire_s=0.002) == 500
+    assert unsent.update(400, 11.5, wire_s=0.002) == 350
+    assert unsent.update(300, 99.0, wire_s=0.002) == 100
