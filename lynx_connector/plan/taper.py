@@ -49,9 +49,10 @@ class Unsent:
     tokens: float = 0.0
 
     def update(self, left: int, now: float, wire_s: float) -> float:
-        """What is under way now that `left` tokens are left to compute."""
+        """What is under way now that `left` tokens are left to compute: more than before after a
+        preemption, whose tokens are not sent again."""
         sent = (now - self.since) / wire_s
-        self.tokens = max(self.tokens - sent, 0.0) + self.left - left
+        self.tokens = max(self.tokens - sent, 0.0) + max(self.left - left, 0)
         self.left, self.since = left, now
         return self.tokens
 

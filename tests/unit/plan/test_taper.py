@@ -113,3 +113,4 @@ def test_what_is_under_way_is_what_was_computed_less_what_the_link_took():
     assert unsent.update(500, 11.0, wire_s=0.002) == 500
     assert unsent.update(400, 11.5, wire_s=0.002) == 350
     assert unsent.update(300, 99.0, wire_s=0.002) == 100
+    assert unsent.update(1000, 99.1, wire_s=0.002) == pytest.approx(50)  # preempted: begins again
