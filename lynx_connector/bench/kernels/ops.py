@@ -11,9 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
+from lynx_kernels.paged import PagedKVCache
 
 from lynx_connector.bench.errors import BenchError
 from lynx_connector.bench.kernels.caches import Workload
@@ -69,17 +71,27 @@ def _codec(name: str, load: Workload) -> Codec:
 def _cpu_ops(codec: Codec, load: Workload) -> list[Op]:
     slots = load.slots
     rows = {t: np.zeros((len(slots), codec.bytes_per_token(t)), np.uint8) for t in codec.tiers}
-    tiers = list(rows.values())
-    ops = [
-        Op("encode", codec.name, partial(codec.encode, load.cache, slots, rows)),
-        Op("decode", codec.name, partial(codec.decode, tiers[:1], load.refined, slots)),
-    ]
-    if len(tiers) == 1:
-        return ops
-    ops.append(Op("patch", codec.name, partial(codec.decode, tiers, load.refined, slots)))
-    codec.encode(load.cache, slots, rows)
-    codec.decode(tiers, load.refined, slots)
-    return ops + _exact_ops(codec, load, rows[Tier.ANCHOR])
+    encode = partial(codec.encode, load.cache, slots, rows)
+    ops = _tier_ops(codec.name, encode, codec.decode, list(rows.values()), load.refined, slots)
+    return ops if len(rows) == 1 else ops + _exact_ops(codec, load, rows[Tier.ANCHOR])
+
+
+def _tier_ops(
+    name: str,
+    encode: Callable[[], object],
+    decode: Callable[..., object],
+    tiers: list[Any],
+    refined: PagedKVCache,
+    slots: Any,
+) -> list[Op]:
+    """Operations of a codec's own tiers; afterwards `refined` is what all of them together give."""
+    anchor, patch = (partial(decode, part, refined, slots) for part in (tiers[:1], tiers))
+    ops = [Op("encode", name, encode), Op("decode", name, anchor)]
+    if len(tiers) > 1:
+        ops.append(Op("patch", name, patch))
+        encode()
+        patch()
+    return ops
 
 
 def _exact_ops(codec: Codec, load: Workload, anchor: np.ndarray) -> list[Op]:
@@ -143,14 +155,6 @@ def _device_ops(codec: Codec, load: Workload) -> list[Op]:
         t: torch.zeros((len(slots), codec.bytes_per_token(t)), dtype=torch.uint8, device=device)
         for t in codec.tiers
     }
-    tiers = list(rows.values())
-    ops = [
-        Op("encode", codec.name, partial(codec.encode_device, load.cache, slots, rows)),
-        Op("decode", codec.name, partial(codec.decode_device, tiers[:1], load.refined, slots)),
-    ]
-    if len(tiers) == 1:
-        return ops
-    ops.append(Op("patch", codec.name, partial(codec.decode_device, tiers, load.refined, slots)))
-    codec.encode_device(load.cache, slots, rows)
-    codec.decode_device(tiers, load.refined, slots)
-    return ops + _exact_device_ops(codec, load, rows[Tier.ANCHOR])
+    encode, tiers = partial(codec.encode_device, load.cache, slots, rows), list(rows.values())
+    ops = _tier_ops(codec.name, encode, codec.decode_device, tiers, load.refined, slots)
+    return ops if len(rows) == 1 else ops + _exact_device_ops(codec, load, rows[Tier.ANCHOR])
