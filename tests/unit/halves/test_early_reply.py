@@ -73,6 +73,15 @@ def test_only_an_answered_prefill_ends_in_smaller_chunks(monkeypatch):
     assert half.next_chunk("other", 1000, 1024) == 1024
 
 
+def test_every_step_is_timed_for_the_end_of_a_prefill():
+    half = producer()
+    half.add(request(params=PREFILL, prompt=2000))
+    filled(half, step(new=[("r", range(2000 // BLOCK), 0, 1000)]))
+    assert half._planner._prefills.token_s(0.0) is None
+    filled(half, step(cached=[("r", None, 1000, 1000)]))
+    assert half._planner._prefills.token_s(0.0) > 0
+
+
 @pytest.mark.parametrize("fields", [{"max_tokens": 2}, {"resumable": True}])
 def test_requests_with_more_to_say_are_answered_at_their_end(fields):
     half = producer()
