@@ -10,7 +10,7 @@ Pure decisions: no clock, no sockets.
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 
-FRAME_SECONDS = 0.02
+FRAME_SECONDS = 0.01
 MIN_FRAME_BYTES = 64 << 10
 _MEMORY = 7 / 8
 """Weight of what was known of the rate when another frame has landed."""
