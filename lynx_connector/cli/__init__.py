@@ -240,6 +240,10 @@ def bench_e2e(
         list[int] | None, typer.Option(help="Requests at a time; repeat for more.")
     ] = None,
     repeats: Annotated[int | None, typer.Option(help="Of every combination. Default: 3.")] = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Keep the rows of the --json file; measure what it lacks."),
+    ] = False,
     logs: Annotated[Path, typer.Option(help="Folder for logs and events.")] = Path("e2e-logs"),
     namespaces: Annotated[
         bool, typer.Option(help="Put the servers into network namespaces where allowed (root).")
@@ -249,7 +253,7 @@ def bench_e2e(
     from lynx_connector.cli.run_bench_e2e import Chosen, run
 
     chosen = Chosen(mode, link_mbit, prompt_tokens, prefill, concurrency, repeats)
-    run(json_path, png, quick, model, dtype, chosen, logs, namespaces)
+    run(json_path, png, quick, model, dtype, chosen, logs, namespaces, resume)
 
 
 @bench_app.command("kernels")

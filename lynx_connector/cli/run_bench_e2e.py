@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -18,7 +17,7 @@ from rich.progress import Progress
 from lynx_connector.bench.e2e.cells import QUICK_NOTE, Block
 from lynx_connector.bench.e2e.goals import outcomes
 from lynx_connector.bench.e2e.report import goals_table, machine_name, result_tables, save_png
-from lynx_connector.bench.e2e.rows import to_report
+from lynx_connector.bench.e2e.report_file import ReportFile
 from lynx_connector.bench.e2e.runner import Bench, Options
 from lynx_connector.bench.errors import BenchError
 from lynx_connector.cli.terminal import progress_bar, report_console
@@ -61,16 +60,17 @@ def run(
     chosen: Chosen,
     logs: Path,
     namespaces: bool,
+    resume: bool,
 ) -> None:
     """Measure and show. Exit status 2 for bad input, 1 where a server or request failed.
 
-    What was measured before a failure is written all the same.
+    The report is written after each measurement.
     """
     console = report_console(120)
     # A closed terminal and a plain kill clean up as Ctrl-C does.
     for name in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(name, _interrupt)
-    bench, status = None, 0
+    bench, report, status = None, None, 0
     try:
         if quick and chosen.anything:
             raise BenchError("--quick has its own choice of modes, links and prompts")
@@ -81,7 +81,11 @@ def run(
         with progress_bar() as bar:
             say = _printer(bar.console)
             bench = Bench(options, say, _stepper(bar, say))
-            bench.run()
+            report = ReportFile(json_path, machine_name(), Path(bench.model).name)
+            if resume:
+                bench.rows += report.load()
+                say(f"{json_path}: {len(bench.rows)} rows of an earlier run are kept")
+            bench.run(report.save)
     except BenchError as error:
         _tell(str(error))
         status = 2
@@ -99,8 +103,8 @@ def run(
     except KeyboardInterrupt:
         _tell("stopped; servers and link are removed")
         status = _INTERRUPTED
-    if bench is not None and bench.rows:
-        _show(bench, console, json_path, png, QUICK_NOTE if quick else "")
+    if bench is not None and report is not None and bench.rows:
+        _show(bench, report, console, png, QUICK_NOTE if quick else "")
     if status:
         raise typer.Exit(status)
 
@@ -124,19 +128,18 @@ def _stepper(bar: Progress, say: Callable[[str], None]) -> Callable[[str, int, i
     return step
 
 
-def _show(bench: Bench, console: Console, json_path: Path, png: Path | None, note: str) -> None:
-    machine, model = machine_name(), Path(bench.model).name
-    json_path.write_text(json.dumps(to_report(machine, model, bench.rows), indent=1) + "\n")
+def _show(bench: Bench, report: ReportFile, console: Console, png: Path | None, note: str) -> None:
+    title = f"{report.model} on {report.machine}"
     if png is not None:
-        save_png(bench.rows, png, f"{model} on {machine}")
-    console.print(f"{model} on {machine}", highlight=False, soft_wrap=True)
+        save_png(bench.rows, png, title)
+    console.print(title, highlight=False, soft_wrap=True)
     console.print("Milliseconds after the prefill is complete: median (worst).\n")
     for table in result_tables(bench.rows):
         console.print(table)
     for line in filter(None, [note, *bench.notes]):
         console.print(line, highlight=False, soft_wrap=True)
     console.print(goals_table(outcomes(bench.rows)))
-    written = ", ".join(str(file) for file in (json_path, png) if file)
+    written = ", ".join(str(file) for file in (report.path, png) if file)
     console.print(f"written: {written}", highlight=False, soft_wrap=True)
 
 

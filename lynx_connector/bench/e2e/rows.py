@@ -99,13 +99,21 @@ def to_report(machine: str, model: str, rows: Sequence[Row]) -> dict[str, Any]:
     return {"machine": machine, "model": model, "rows": [asdict(row) for row in rows]}
 
 
+def cell_of(row: Row) -> tuple[str, Cell]:
+    """The mode and the measurement that a row is of."""
+    cell = Cell(row.link_mbit, row.prompt_tokens, row.prefill, row.concurrency, row.repeat)
+    return row.mode, cell
+
+
 def from_report(report: dict[str, Any]) -> list[Row]:
     """The rows of a report.
 
     Raises:
-        BenchError: a row has other keys than it should.
+        BenchError: it has none, or a row has other keys than it should.
     """
     names = {field.name for field in fields(Row)}
+    if not isinstance(report.get("rows"), list):
+        raise BenchError("no rows")
     for number, row in enumerate(report["rows"]):
         if row.keys() != names:
             raise BenchError(

@@ -21,7 +21,7 @@ from lynx_connector.bench.e2e.cells import (
 from lynx_connector.bench.e2e.measure import Meter
 from lynx_connector.bench.e2e.modes import NIXL, Mode, select_modes, split_by_memory
 from lynx_connector.bench.e2e.prompts import Prompts
-from lynx_connector.bench.e2e.rows import OUTPUT_TOKENS, Row, summary
+from lynx_connector.bench.e2e.rows import OUTPUT_TOKENS, Row, cell_of, summary
 from lynx_connector.bench.e2e.servers import Fleet, ServerOptions
 from lynx_connector.bench.errors import BenchError
 from lynx_connector.demo.link import Link, loopback, open_link, set_rate
@@ -35,6 +35,7 @@ TEXTS = 8
 """Different texts that repeats go through."""
 _BLOCK_TOKENS = 128
 _BYTES_PER_ELEMENT = {"float32": 4}
+Step = tuple[Cell, Mode]
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ class Options:
 
 class Bench:
     """One run. `rows` and `notes` hold what there is so far, also after an error.
+
+    What `rows` holds before `run` is not measured again.
 
     Args:
         options: what to measure.
@@ -87,8 +90,8 @@ class Bench:
         for number in self._texts:
             self._prompts.get(number, self._longest)
 
-    def run(self) -> None:
-        """Measure everything.
+    def run(self, save: Callable[[Sequence[Row]], None]) -> None:
+        """Measure everything; `save` gets all rows after each measurement.
 
         Raises:
             BenchError, LinkError, ModelError, RequestError, ServerError: see there.
@@ -98,11 +101,11 @@ class Bench:
             old.unlink()
         if self._options.namespaces:
             with open_link(0) as link:
-                self._on(link)
+                self._on(link, save)
         else:
-            self._on(loopback(0))
+            self._on(loopback(0), save)
 
-    def _on(self, link: Link) -> None:
+    def _on(self, link: Link, save: Callable[[Sequence[Row]], None]) -> None:
         self._say(f"link: {link.note}")
         modes = self._modes
         if link.kind != "netns":
@@ -113,42 +116,53 @@ class Bench:
             )
             if not modes:
                 raise BenchError(f"none of the chosen modes can be measured: {link.note}")
+        known = {cell_of(row) for row in self.rows}
+        missing = [
+            (cell, mode)
+            for cell, mode in interleaved(self._cells, modes)
+            if (mode.name, cell) not in known
+        ]
+        if not missing:
+            self._say("nothing is left to measure")
+            return
+        modes = [mode for mode in modes if any(mode is one for _, one in missing)]
         options = self._server_options()
         groups = split_by_memory(modes, options.server_bytes, psutil.virtual_memory().available)
         if len(groups) > 1:
             names = "; ".join(", ".join(mode.name for mode in group) for group in groups)
             self._note(f"memory holds not all servers at once, so modes ran in groups: {names}")
-        jobs = [(group, *job) for group in groups for job in _by_link(link, self._cells)]
-        total = sum(len(group) * len(cells) for group, _, cells in jobs)
-        for group, own_link, cells in jobs:
-            with Fleet(group, own_link, options) as fleet:
-                self._say(f"starting servers for {', '.join(mode.name for mode in group)}")
-                fleet.start(
-                    _START_SECONDS_PER_SERVER * (1 + len(group)),
-                    lambda ready, servers: self._step(
-                        f"{ready} of {servers} servers ready", self._done, total
-                    ),
-                )
-                self._measure(fleet, own_link, group, cells, total)
+        for group in groups:
+            steps = [(cell, mode) for cell, mode in missing if mode in group]
+            for own_link, own_steps in _by_link(link, steps):
+                with Fleet(group, own_link, options) as fleet:
+                    self._say(f"starting servers for {', '.join(mode.name for mode in group)}")
+                    fleet.start(
+                        _START_SECONDS_PER_SERVER * (1 + len(group)),
+                        lambda ready, servers: self._step(
+                            f"{ready} of {servers} servers ready", self._done, len(missing)
+                        ),
+                    )
+                    for rows in self._measure(fleet, own_link, group, own_steps):
+                        self.rows += rows
+                        self._done += 1
+                        self._step(summary(rows), self._done, len(missing))
+                        save(self.rows)
 
     def _measure(
-        self, fleet: Fleet, link: Link, modes: Sequence[Mode], cells: Sequence[Cell], total: int
-    ) -> None:
+        self, fleet: Fleet, link: Link, modes: Sequence[Mode], steps: Sequence[Step]
+    ) -> Iterator[list[Row]]:
         meter = Meter(fleet, link)
         for mode in modes:
             meter.warm_up(mode, self._prompts.get(0, _WARM_UP_TOKENS)[::-1])
         rate: float | None = None
-        for cell, mode in interleaved(cells, modes):
+        for cell, mode in steps:
             if link.kind == "netns" and rate != cell.link_mbit:
                 set_rate(link, cell.link_mbit)
                 rate = cell.link_mbit
             prompts = [
                 self._prompts.get(number, cell.prompt_tokens) for number in _text_numbers(cell)
             ]
-            rows = meter.measure(mode, cell, prompts)
-            self.rows += rows
-            self._done += 1
-            self._step(summary(rows), self._done, total)
+            yield meter.measure(mode, cell, prompts)
         for name, codecs in meter.codecs.items():
             if len(codecs) > 1:  # tables were learned on the way
                 told = ", ".join(f"{codec} {count}" for codec, count in codecs.items())
@@ -181,10 +195,10 @@ def _text_numbers(cell: Cell) -> list[int]:
     return list(range(cell.concurrency))
 
 
-def _by_link(link: Link, cells: Sequence[Cell]) -> Iterator[tuple[Link, list[Cell]]]:
-    """Cells that the same servers can measure: all of them where tc sets the rate."""
+def _by_link(link: Link, steps: Sequence[Step]) -> Iterator[tuple[Link, list[Step]]]:
+    """Steps that the same servers can measure: all of them where tc sets the rate."""
     if link.kind == "netns":
-        yield link, list(cells)
+        yield link, list(steps)
         return
-    for mbit in dict.fromkeys(cell.link_mbit for cell in cells):
-        yield loopback(mbit), [cell for cell in cells if cell.link_mbit == mbit]
+    for mbit in dict.fromkeys(cell.link_mbit for cell, _ in steps):
+        yield loopback(mbit), [step for step in steps if step[0].link_mbit == mbit]

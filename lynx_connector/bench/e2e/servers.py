@@ -41,9 +41,9 @@ class ServerOptions:
 
     @property
     def server_bytes(self) -> int:
-        """Memory of one server, about."""
+        """Memory of one server, about: all of its KV cache may be staged beside it."""
         weights = sum(file.stat().st_size for file in Path(self.model).glob("*.safetensors"))
-        return _BASE_BYTES + weights + self.kv_bytes
+        return _BASE_BYTES + weights + 2 * self.kv_bytes
 
 
 class Fleet:
