@@ -14,7 +14,7 @@ from lynx_connector.codec.base import DTYPES
 from lynx_connector.codec.exact import ExactTier
 from lynx_connector.codec.klt import KltCodec
 from lynx_connector.config import DEFAULT_ANCHOR_BITS, FALLBACK_CODEC
-from lynx_connector.protocol import TABLE_CODECS
+from lynx_connector.handoff import TABLE_CODECS
 from lynx_connector.transfer import RowLayout
 
 MAX_CODECS = 8

@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lynx_connector import first_token
-from lynx_connector.config import ONE_TIER_CODECS, LynxConfig, StartMode
+from lynx_connector.config import LynxConfig
+from lynx_connector.consumer.admission import Admission
 from lynx_connector.consumer.bootstrap import BootstrapClient
 from lynx_connector.consumer.waiting import WaitingRoom
 from lynx_connector.errors import LynxError, ProtocolError
 from lynx_connector.events import EventLog
+from lynx_connector.handoff import Handoff, parse_handoff, parse_mooncake_leg
 from lynx_connector.metadata import (
     LoadRequest,
     LynxMetadata,
@@ -24,7 +26,6 @@ from lynx_connector.metadata import (
     ReleaseRequest,
 )
 from lynx_connector.plan.meters import StepMeter
-from lynx_connector.protocol import Handoff, parse_handoff, parse_mooncake_leg, prompt_digest
 
 if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
@@ -77,9 +78,9 @@ class ConsumerScheduler:
     ):
         self.draft_limit = config.draft_limit
         self.verify_rows = config.verify_rows
-        self._speculative = speculative
-        self._v2_runner = v2_runner
-        self._emits_first_token = config.first_token
+        self._admission = Admission(
+            speculative, v2_runner, config.first_token, tensor_parallel_size
+        )
         self._recompute = recompute_on_failure
         self._tp_size = tensor_parallel_size
         self._block_size = block_size
@@ -129,60 +130,10 @@ class ConsumerScheduler:
             decode.failure = f"transfer is already used by request {user}"
             return
         decode.handoff = handoff
-        decode.failure = self._unusable(handoff, request)
-        decode.speculative = self._starts_early(request, handoff)
-        if decode.failure is None and self._may_emit(request, handoff):
+        decode.failure = self._admission.obstacle(request, handoff)
+        decode.speculative = self._admission.starts_early(request, handoff)
+        if decode.failure is None and self._admission.may_emit(request, handoff):
             decode.params = request.sampling_params
-
-    def _starts_early(self, request: "Request", handoff: Handoff) -> bool:
-        """Whether a request drafts on its anchor."""
-        sampling = request.sampling_params
-        start = ((sampling and sampling.extra_args) or {}).get("lynx_start")
-        accepted = [mode.value for mode in StartMode]
-        if start is not None and start not in accepted:
-            logger.warning(
-                "lynx: request %s: lynx_start = %r ignored; accepted values are %s",
-                request.request_id,
-                start,
-                ", ".join(accepted),
-            )
-        seeded = sampling is not None and sampling.seed is not None and sampling.temperature > 0
-        return (
-            self._speculative
-            # A seed promises the same answer again. vLLM's V1 runner draws from one generator per
-            # request, which drafts would move on by as many tokens as the network left time for.
-            and (self._v2_runner or not seeded)
-            and start != StartMode.BLOCKING
-            and handoff.lynx.codec not in ONE_TIER_CODECS
-        )
-
-    def _may_emit(self, request: "Request", handoff: Handoff) -> bool:
-        """Whether the prefill's token is what this request's own first token would be."""
-        if not self._emits_first_token or first_token.obstacle(request, v2_runner=self._v2_runner):
-            return False
-        params = request.sampling_params
-        if first_token.reads_outputs(params) and not self._v2_runner:
-            return False
-        return handoff.lynx.sampling == first_token.sampling_digest(params)
-
-    def _unusable(self, handoff: Handoff, request: "Request") -> str | None:
-        if len(handoff.lynx.ports) != self._tp_size:
-            return (
-                f"prefill at {handoff.remote_host} has tensor_parallel_size "
-                f"{len(handoff.lynx.ports)}, this instance {self._tp_size}: they must be equal"
-            )
-        if handoff.lynx.num_tokens != request.num_prompt_tokens:
-            return (
-                f"prefill computed {handoff.lynx.num_tokens} prompt tokens, this instance counts "
-                f"{request.num_prompt_tokens}: both sides need the same tokenizer and chat template"
-            )
-        theirs, ours = handoff.lynx.prompt, prompt_digest(request.prompt_token_ids)
-        if theirs and ours and theirs != ours:
-            return (
-                "prefill computed another prompt of the same length: a transfer used twice, or "
-                "tokenizers or chat templates that differ"
-            )
-        return None
 
     def _user_of(self, transfer_id: str) -> str | None:
         for name, one in self._decodes.items():

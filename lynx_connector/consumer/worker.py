@@ -19,8 +19,8 @@ from lynx_connector.consumer.inbound import InboundTransfer, LandedRows
 from lynx_connector.consumer.tables import ConsumerTables
 from lynx_connector.consumer.writer import TierWriter
 from lynx_connector.errors import LynxError
+from lynx_connector.handoff import TABLE_CODECS
 from lynx_connector.metadata import LoadRequest, LynxMetadata, LynxWorkerMetadata, ReleaseRequest
-from lynx_connector.protocol import TABLE_CODECS
 from lynx_connector.transfer import TierBuffers, TokenRange, plan_pieces, slots_of
 from lynx_connector.transport.client import TierClient
 from lynx_connector.worker_context import WorkerContext

@@ -16,9 +16,11 @@ from lynx_connector.config import (
     DEFAULT_ANCHOR_BITS,
     EXACT_FIRST_TOKENS,
     FALLBACK_CODEC,
+    FinalTier,
     LynxConfig,
 )
 from lynx_connector.events import EventLog
+from lynx_connector.handoff import TABLE_CODECS, Handoff, LynxParams, prompt_digest
 from lynx_connector.metadata import (
     EncodeChunk,
     EncodePlan,
@@ -29,7 +31,7 @@ from lynx_connector.metadata import (
 from lynx_connector.plan.planner import Planner
 from lynx_connector.plan.policy import Choice, Wanted
 from lynx_connector.plan.taper import Unsent
-from lynx_connector.protocol import PROTOCOL_VERSION, TABLE_CODECS, prompt_digest
+from lynx_connector.protocol import PROTOCOL_VERSION
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -328,33 +330,28 @@ class ProducerScheduler:
             codec=plan.codec,
             early=early,
         )
-        params = {
-            "do_remote_prefill": True,
-            "do_remote_decode": False,
-            "remote_engine_id": self._engine_id,
-            "remote_block_ids": [],
-            "remote_request_id": prefill.transfer_id,
-            "remote_host": self._host,
-            "remote_port": self._ports[0],
-            "tp_size": self._tp_size,
-            "remote_num_tokens": prefill.num_tokens,
-            "lynx": {
-                "version": PROTOCOL_VERSION,
-                "num_tokens": prefill.num_tokens,
-                "codec": plan.codec,
-                "anchor_bits": plan.anchor_bits,
-                "final_tier": plan.final_tier,
-                "tables": list(plan.tables),
-                "draft_limit": prefill.choice.draft_limit,
-                "exact_first": EXACT_FIRST_TOKENS,
-                "exact_last": self._config.exact_last_tokens,
-                "first_token": token,
-                "sampling": prefill.sampling,
-                "ports": self._ports,
-                "early": early,
-                "prompt": prefill.prompt,
-            },
-        }
+        handoff = Handoff(
+            remote_engine_id=self._engine_id,
+            remote_request_id=prefill.transfer_id,
+            remote_host=self._host,
+            lynx=LynxParams(
+                version=PROTOCOL_VERSION,
+                num_tokens=prefill.num_tokens,
+                codec=plan.codec,
+                exact_first=EXACT_FIRST_TOKENS,
+                exact_last=self._config.exact_last_tokens,
+                ports=self._ports,
+                anchor_bits=plan.anchor_bits,
+                final_tier=FinalTier(plan.final_tier),
+                tables=list(plan.tables),
+                draft_limit=prefill.choice.draft_limit,
+                early=early,
+                prompt=prefill.prompt,
+                first_token=token,
+                sampling=prefill.sampling,
+            ),
+        )
+        params = handoff.params()
         if self._bootstrap is not None and prefill.routed_as is not None:
             self._bootstrap.publish(prefill.routed_as, params)
         return params

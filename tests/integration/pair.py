@@ -200,9 +200,9 @@ class Pair(DecodeServer):
         assert event["drafted"] >= since_at_least
         return event | {"answer": answer, "reference": reference}
 
-    def many(self, calls: list) -> list:
-        """Run calls at the same time; results in order."""
-        with ThreadPoolExecutor(len(calls)) as pool:
+    def many(self, calls: list, at_once: int = 0) -> list:
+        """Run calls at the same time, all or some of them; results in order."""
+        with ThreadPoolExecutor(at_once or len(calls)) as pool:
             return [future.result() for future in [pool.submit(call) for call in calls]]
 
     def prefill_events_of(self, transfer: str) -> list[dict[str, Any]]:

@@ -19,6 +19,7 @@ from lynx_connector.launch import Role
 from .conftest import LINK_MBIT, PREFILL_CHUNK
 from .pair import post, prompt, tokens
 from .test_ends import leave_at
+from .test_equality import OUTPUT_TOKENS, PROMPTS
 
 
 class EarlyPrefill:
@@ -87,15 +88,17 @@ def forget_prefill(pair):
 
 
 KNOWN = {}
-"""Tokens of blocking answers by prefill server and prompt."""
+"""Tokens of blocking answers by prefill server."""
 
 
-def known_reference(pair, text, **body):
-    """Tokens of the blocking answer, asked for once."""
-    key = pair.prefill_url, text
-    if key not in KNOWN:
-        KNOWN[key] = tokens(reference(pair, text, **body))
-    return KNOWN[key]
+def known_references(pair, texts, **body):
+    """Tokens of the blocking answers, asked for once from each prefill server."""
+    if pair.prefill_url not in KNOWN:
+        blocking = {"vllm_xargs": {"lynx_start": "blocking"}, **body}
+        calls = [lambda text=text: pair.lynx(text, **blocking) for text in texts]
+        KNOWN[pair.prefill_url] = [tokens(answer) for answer in pair.many(calls, at_once=10)]
+        pair.forget()
+    return KNOWN[pair.prefill_url]
 
 
 def _reset(url, **params):
@@ -114,12 +117,13 @@ def events_of(path, name):
     ids=lambda value: f"{value[0]}-{'early' if value[1] else 'late'}",
     indirect=True,
 )
-def test_both_handoffs_of_a_stock_router(routed):
-    """One or two prefill chunks, a prompt twice at once, more requests than one at a time."""
+def test_twenty_prompts_of_64_tokens_behind_a_stock_router(routed):
+    """The promise of `test_equality.py` in every mode of the router: one and two prefill chunks,
+    four at once, one prompt twice at once."""
     pair, url, is_early = routed
-    texts = [prompt(301 + i, items=20 + 35 * i) for i in range(3)]
-    limits = {"max_tokens": 48, "ignore_eos": True}
-    expected = [known_reference(pair, text, **limits) for text in texts]
+    texts = [prompt(301 + i, items=3 + 4 * i) for i in range(PROMPTS)]
+    limits = {"max_tokens": OUTPUT_TOKENS, "ignore_eos": True}
+    expected = known_references(pair, texts, **limits)
     forget_prefill(pair)
     before = len(events_of(pair.prefill_events, "handoff"))
     since = pair.mark()
@@ -128,14 +132,17 @@ def test_both_handoffs_of_a_stock_router(routed):
     def ask(text):
         return tokens(post(url, "/v1/completions", body | {"prompt": text}))
 
-    answers = pair.many([lambda text=text: ask(text) for text in [*texts, texts[0]]])
+    asked = [*texts, texts[-1]]
+    answers = pair.many([lambda text=text: ask(text) for text in asked], at_once=4)
     pair.forget()
-    assert answers == [*expected, expected[0]]
+    for text, ours, theirs in zip(asked, answers, [*expected, expected[-1]], strict=True):
+        assert ours == theirs, text[:40]
     handoffs = events_of(pair.prefill_events, "handoff")[before:]
     assert len(handoffs) == len(answers)
     assert any(event["early"] for event in handoffs) is is_early
-    assert pair.events(since, "verified")
-    assert pair.events(since, "first_token")
+    verified = pair.events(since, "verified")
+    assert sum(event["drafted"] for event in verified) > 0
+    assert len(pair.events(since, "first_token")) >= PROMPTS
     assert not pair.events(since, "failed")
 
 

@@ -18,10 +18,8 @@ def test_twenty_prompts_of_64_tokens(pair):
     body = {"max_tokens": OUTPUT_TOKENS, "ignore_eos": True}
 
     def answer_all(at_once, **extra):
-        answers = []
-        for start in range(0, PROMPTS, at_once):
-            some = texts[start : start + at_once]
-            answers += pair.many([lambda t=t: pair.lynx(t, **body, **extra) for t in some])
+        calls = [lambda text=text: pair.lynx(text, **body, **extra) for text in texts]
+        answers = pair.many(calls, at_once)
         pair.forget()
         return answers
 

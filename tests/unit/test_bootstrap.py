@@ -12,11 +12,11 @@ from lynx_connector.config import LynxConfig
 from lynx_connector.consumer.bootstrap import BootstrapClient
 from lynx_connector.consumer.scheduler import ConsumerScheduler
 from lynx_connector.errors import ConfigError, TransferError
+from lynx_connector.handoff import MooncakeLeg
 from lynx_connector.metadata import LynxMetadata
 from lynx_connector.plan.planner import Planner
 from lynx_connector.producer.bootstrap import MAX_REMEMBERED, BootstrapServer
 from lynx_connector.producer.scheduler import ProducerScheduler
-from lynx_connector.protocol import MooncakeLeg
 
 from .halves.objects import (
     BLOCK,

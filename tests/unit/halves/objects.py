@@ -7,11 +7,11 @@ from types import SimpleNamespace
 from lynx_connector.config import LynxConfig, PlanMode
 from lynx_connector.consumer.scheduler import ConsumerScheduler
 from lynx_connector.events import EventLog
+from lynx_connector.handoff import parse_handoff
 from lynx_connector.metadata import LynxMetadata
 from lynx_connector.plan import KVShape
 from lynx_connector.plan.planner import Planner
 from lynx_connector.producer.scheduler import ProducerScheduler
-from lynx_connector.protocol import parse_handoff
 
 BLOCK = 16
 

@@ -3,8 +3,8 @@
 
 import pytest
 
+from lynx_connector.handoff import parse_handoff, prompt_digest
 from lynx_connector.metadata import LynxWorkerMetadata
-from lynx_connector.protocol import parse_handoff, prompt_digest
 
 from .objects import (
     BLOCK,

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
+from lynx_connector.handoff import parse_handoff
 from lynx_connector.metadata import LynxWorkerMetadata
-from lynx_connector.protocol import parse_handoff
 
 from .objects import BLOCK, NEW, OLD, OTHER, PREFILL, Status, filled, producer, request, run, step
 

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a handoff allows a request: to be loaded at all, to draft, to emit the prefill's token.
+
+Pure Python; runs without torch.
+"""
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lynx_connector import first_token
+from lynx_connector.config import ONE_TIER_CODECS, StartMode
+from lynx_connector.handoff import Handoff, prompt_digest
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
+
+logger = logging.getLogger("vllm.lynx.consumer")
+
+
+@dataclass(frozen=True)
+class Admission:
+    """The rules of one decode instance."""
+
+    speculative: bool
+    """Requests may draft."""
+    v2_runner: bool
+    emits_first_token: bool
+    """The prefill's token may be emitted."""
+    tensor_parallel_size: int
+
+    def obstacle(self, request: "Request", handoff: Handoff) -> str | None:
+        """Why a request cannot load what its prefill has computed; None where it can."""
+        if len(handoff.lynx.ports) != self.tensor_parallel_size:
+            return (
+                f"prefill at {handoff.remote_host} has tensor_parallel_size "
+                f"{len(handoff.lynx.ports)}, this instance {self.tensor_parallel_size}: they must "
+                "be equal"
+            )
+        if handoff.lynx.num_tokens != request.num_prompt_tokens:
+            return (
+                f"prefill computed {handoff.lynx.num_tokens} prompt tokens, this instance counts "
+                f"{request.num_prompt_tokens}: both sides need the same tokenizer and chat template"
+            )
+        theirs, ours = handoff.lynx.prompt, prompt_digest(request.prompt_token_ids)
+        if theirs and ours and theirs != ours:
+            return (
+                "prefill computed another prompt of the same length: a transfer used twice, or "
+                "tokenizers or chat templates that differ"
+            )
+        return None
+
+    def starts_early(self, request: "Request", handoff: Handoff) -> bool:
+        """Whether a request drafts on its anchor."""
+        sampling = request.sampling_params
+        start = ((sampling and sampling.extra_args) or {}).get("lynx_start")
+        accepted = [mode.value for mode in StartMode]
+        if start is not None and start not in accepted:
+            logger.warning(
+                "lynx: request %s: lynx_start = %r ignored; accepted values are %s",
+                request.request_id,
+                start,
+                ", ".join(accepted),
+            )
+        seeded = sampling is not None and sampling.seed is not None and sampling.temperature > 0
+        return (
+            self.speculative
+            # A seed promises the same answer again. vLLM's V1 runner draws from one generator per
+            # request, which drafts would move on by as many tokens as the network left time for.
+            and (self.v2_runner or not seeded)
+            and start != StartMode.BLOCKING
+            and handoff.lynx.codec not in ONE_TIER_CODECS
+        )
+
+    def may_emit(self, request: "Request", handoff: Handoff) -> bool:
+        """Whether the prefill's token is what this request's own first token would be."""
+        if not self.emits_first_token or first_token.obstacle(request, v2_runner=self.v2_runner):
+            return False
+        params = request.sampling_params
+        if first_token.reads_outputs(params) and not self.v2_runner:
+            return False
+        return handoff.lynx.sampling == first_token.sampling_digest(params)
