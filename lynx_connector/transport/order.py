@@ -5,13 +5,16 @@ Tables first, then all anchors, then residuals, then exact tiers; within a rank 
 Ageing: once something has waited for `patience` seconds, one byte in `share` goes to the oldest
 fetch that has waited so long, whatever its rank. Since a fetch is finite and later ones never come
 before it there, nothing starves, and what is not late loses at most 1/`share` of the link.
+
+A share of one half: with less, all of many requests that come at once are refined only when the
+anchors of all have passed, and their median is later than if each had gone whole.
 """
 
 from collections.abc import Callable, Hashable, Iterator
 from typing import Generic, Protocol, TypeVar
 
-PATIENCE_SECONDS = 2.0
-SHARE = 8
+PATIENCE_SECONDS = 0.5
+SHARE = 2
 
 
 class Source(Protocol):
@@ -40,8 +43,9 @@ class SendOrder(Generic[S]):
         self._since: dict[S, float | None] = {}
         """When each source began to wait for the link; None while it is not ready."""
         self._debt = 0
-        """Bytes that overtook what has waited too long, since it was last served."""
-        self._overtaking = False
+        """Bytes that have overtaken what waits too long, beyond what its share allows."""
+        self._late = False
+        """Whether `next` chose what waits too long before what would go first."""
 
     def __len__(self) -> int:
         return len(self._since)
@@ -60,7 +64,7 @@ class SendOrder(Generic[S]):
         """Forget a source: finished or cancelled."""
         self._since.pop(source, None)
 
-    def next(self, now: float, frame_bytes: int, accepts: Callable[[Hashable], bool]) -> S | None:
+    def next(self, now: float, accepts: Callable[[Hashable], bool]) -> S | None:
         """The source whose frame goes next, None if there is none; then call `sent`.
 
         accepts: whether a connection may be sent more. What waits for its own connection does not
@@ -82,9 +86,12 @@ class SendOrder(Generic[S]):
             key=lambda s: (s.order, s.rank),
             default=first,
         )
-        self._overtaking = late is not first and self._debt < (self._share - 1) * frame_bytes
-        return first if self._overtaking else late
+        if late is first:
+            self._late, self._debt = False, 0
+        else:
+            self._late = self._debt > 0
+        return late if self._late else first
 
     def sent(self, num_bytes: int) -> None:
         """A frame of that many bytes was taken from the source that `next` chose."""
-        self._debt = self._debt + num_bytes if self._overtaking else 0
+        self._debt += -(self._share - 1) * num_bytes if self._late else num_bytes

@@ -146,7 +146,7 @@ class LinkSender:
         now = time.monotonic()
         if not self._window.has_room(now):
             return None
-        return self._sources.next(now, self._window.frame_bytes, self._window.accepts)
+        return self._sources.next(now, self._window.accepts)
 
     async def _send(self, source: FrameSource) -> None:
         try:

@@ -32,7 +32,7 @@ def everyone(_):
 
 def serve(order, now, frame=FRAME, accepts=everyone):
     """Take one frame from the chosen item."""
-    item = order.next(now, frame, accepts)
+    item = order.next(now, accepts)
     if item is None:
         return None, 0
     size = min(frame, item.left)
@@ -108,6 +108,26 @@ def test_a_late_residual_under_endless_anchors_goes_within_a_bounded_time():
         now += 0.01
     assert frames <= 5 * SHARE
     assert now > PATIENCE_SECONDS
+
+
+@pytest.mark.parametrize("share", [2, 3, 8])
+def test_the_share_is_one_of_bytes_not_of_frames(share):
+    """Frames are whole rows, so a little less than what was asked for, and differ by tier."""
+    order = SendOrder(share=share)
+    residual, anchor = Item(1, 0, 10**6), Item(0, 1, 10**8)
+    order.add(residual)
+    order.add(anchor)
+    now, begun = 0.0, None
+    while residual.left:
+        if now >= PATIENCE_SECONDS and begun is None:
+            begun = anchor.left
+        item = order.next(now, everyone)
+        size = min(item.left, 960 if item is anchor else 700)
+        item.left -= size
+        order.sent(size)
+        now += 0.01
+    assert begun is not None
+    assert (begun - anchor.left) / 10**6 == pytest.approx(share - 1, rel=0.02)
 
 
 def test_what_is_not_ready_or_waits_for_its_own_consumer_does_not_age():
