@@ -19,7 +19,9 @@ from lynx_connector.launch import Role
 from .conftest import LINK_MBIT, PREFILL_CHUNK
 from .pair import post, prompt, tokens
 from .test_ends import leave_at
-from .test_equality import OUTPUT_TOKENS, PROMPTS
+
+PROMPTS = 20
+OUTPUT_TOKENS = 64
 
 
 class EarlyPrefill:
@@ -119,9 +121,9 @@ def events_of(path, name):
 )
 def test_twenty_prompts_of_64_tokens_behind_a_stock_router(routed):
     """The promise of `test_equality.py` in every mode of the router: one and two prefill chunks,
-    four at once, one prompt twice at once."""
+    six at once, one prompt twice at once."""
     pair, url, is_early = routed
-    texts = [prompt(301 + i, items=3 + 4 * i) for i in range(PROMPTS)]
+    texts = [prompt(301 + i, items=3 + 3 * i) for i in range(PROMPTS)]
     limits = {"max_tokens": OUTPUT_TOKENS, "ignore_eos": True}
     expected = known_references(pair, texts, **limits)
     forget_prefill(pair)
@@ -133,7 +135,7 @@ def test_twenty_prompts_of_64_tokens_behind_a_stock_router(routed):
         return tokens(post(url, "/v1/completions", body | {"prompt": text}))
 
     asked = [*texts, texts[-1]]
-    answers = pair.many([lambda text=text: ask(text) for text in asked], at_once=4)
+    answers = pair.many([lambda text=text: ask(text) for text in asked], at_once=6)
     pair.forget()
     for text, ours, theirs in zip(asked, answers, [*expected, expected[-1]], strict=True):
         assert ours == theirs, text[:40]
@@ -141,7 +143,10 @@ def test_twenty_prompts_of_64_tokens_behind_a_stock_router(routed):
     assert len(handoffs) == len(answers)
     assert any(event["early"] for event in handoffs) is is_early
     verified = pair.events(since, "verified")
-    assert sum(event["drafted"] for event in verified) > 0
+    assert any(event["accepted"] for event in verified)
+    if not is_early:  # every transfer leaves time to draft
+        assert len(verified) >= PROMPTS - 3  # a residual may land before the first draft
+        assert any(event["rejected_token"] is not None for event in verified), "no wrong draft"
     assert len(pair.events(since, "first_token")) >= PROMPTS
     assert not pair.events(since, "failed")
 
