@@ -123,7 +123,7 @@ def test_twenty_prompts_of_64_tokens_behind_a_stock_router(routed):
     """The promise of `test_equality.py` in every mode of the router: one and two prefill chunks,
     six at once, one prompt twice at once."""
     pair, url, is_early = routed
-    texts = [prompt(301 + i, items=3 + 3 * i) for i in range(PROMPTS)]
+    texts = [prompt(301 + i, items=3 + 4 * i) for i in range(PROMPTS)]
     limits = {"max_tokens": OUTPUT_TOKENS, "ignore_eos": True}
     expected = known_references(pair, texts, **limits)
     forget_prefill(pair)
