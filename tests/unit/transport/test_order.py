@@ -56,7 +56,7 @@ def test_without_lateness_all_of_a_rank_goes_before_the_next_and_the_oldest_firs
     assert keys == sorted(keys)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=10)
 @given(st.integers(0, 10_000))
 def test_thousands_of_requests_on_an_overloaded_link(seed):
     """Anchors alone are more than the link carries: nothing starves, and lateness costs the
