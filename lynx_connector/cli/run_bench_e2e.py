@@ -129,7 +129,6 @@ def _stepper(bar: Progress, say: Callable[[str], None]) -> Callable[[str, int, i
 
 
 def _show(bench: Bench, report: ReportFile, console: Console, png: Path | None, note: str) -> None:
-    report.save(bench.rows)  # also what was measured when a signal came
     title = f"{report.model} on {report.machine}"
     if png is not None:
         save_png(bench.rows, png, title)

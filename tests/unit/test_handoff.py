@@ -9,36 +9,17 @@ from lynx_connector.config import FinalTier
 from lynx_connector.errors import ProtocolError
 from lynx_connector.handoff import Handoff, LynxParams, parse_handoff
 
+from .halves import objects
+
 
 def handoff(**changes):
-    lynx = {
-        "version": 3,
-        "num_tokens": 10,
-        "codec": "hadamard",
-        "exact_first": 1,
-        "exact_last": 16,
-        "ports": [1234],
-        "anchor_bits": 4,
-        "final_tier": "residual",
-        "tables": [],
-    }
-    lynx |= changes.pop("lynx", {})
-    return {
-        "do_remote_prefill": True,
-        "do_remote_decode": False,
-        "remote_engine_id": "e",
-        "remote_block_ids": [],
-        "remote_request_id": "t",
-        "remote_host": "10.0.0.1",
-        "remote_port": 1234,
-        "tp_size": 1,
-        "lynx": lynx,
-    } | changes
+    lynx = changes.pop("lynx", {})
+    return objects.handoff(**lynx) | changes
 
 
 def test_handoff_survives_a_router_that_overwrites_the_host():
     parsed = parse_handoff(handoff(remote_host="prefill.example", added_by_router=1))
-    assert parsed.address(0) == ("prefill.example", 1234)
+    assert parsed.address(0) == ("prefill.example", 7600)
     assert parsed.transfer_id == "t"
 
 

@@ -125,7 +125,7 @@ class Bench:
         if not missing:
             self._say("nothing is left to measure")
             return
-        modes = [mode for mode in modes if any(mode is one for _, one in missing)]
+        modes = [mode for mode in modes if mode in [one for _, one in missing]]
         options = self._server_options()
         groups = split_by_memory(modes, options.server_bytes, psutil.virtual_memory().available)
         if len(groups) > 1:
@@ -144,9 +144,9 @@ class Bench:
                     )
                     for rows in self._measure(fleet, own_link, group, own_steps):
                         self.rows += rows
+                        save(self.rows)
                         self._done += 1
                         self._step(summary(rows), self._done, len(missing))
-                        save(self.rows)
 
     def _measure(
         self, fleet: Fleet, link: Link, modes: Sequence[Mode], steps: Sequence[Step]

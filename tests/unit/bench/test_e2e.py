@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`lynx bench e2e` without servers: what is measured, in which order, and what becomes of it."""
 
-import contextlib
 import dataclasses
 import io
 import json
@@ -21,10 +20,8 @@ from lynx_connector.bench.e2e.goals import outcomes
 from lynx_connector.bench.e2e.modes import MODES, select_modes, server_specs, split_by_memory
 from lynx_connector.bench.e2e.prompts import Prompts
 from lynx_connector.bench.e2e.report import goals_table, grouped, result_tables, save_png
-from lynx_connector.bench.e2e.report_file import ReportFile
 from lynx_connector.bench.e2e.rows import (
     OUTPUT_TOKENS,
-    Row,
     from_report,
     make_row,
     summary,
@@ -36,6 +33,7 @@ from lynx_connector.cli import app, run_bench_e2e
 from lynx_connector.config import LynxConfig
 from lynx_connector.demo.link import loopback
 from lynx_connector.demo.trace import Trace
+from tests.unit.bench.e2e_rows import SAMPLE, row
 
 KEYS = [
     "mode",
@@ -56,39 +54,6 @@ KEYS = [
 ]
 
 
-def row(mode: str, tt32: float, **other: object) -> Row:
-    values = {
-        "link_mbit": 200.0,
-        "prompt_tokens": 4097,
-        "prefill": "cached",
-        "concurrency": 1,
-        "repeat": 0,
-        "ttft_ms": 100.0,
-        "tt8_ms": 200.0,
-        "tt64_ms": 2 * tt32,
-        "decode_step_ms": 40.0,
-        "drafted": 0,
-        "accepted": 0,
-        "wire_bytes": 0,
-        "cpu_s": 1.0,
-    }
-    return Row(**(values | {"mode": mode, "tt32_ms": tt32} | other))
-
-
-SAMPLE = [
-    row("single", 1000.0),
-    row("single", 1100.0, prefill="cold"),
-    row("nixl", 5000.0),
-    row("lynx", 1900.0, drafted=20, accepted=18),
-    row("lynx-int8", 3000.0),
-    row("lynx", 1200.0, prefill="cold"),
-    row("nixl", 1500.0, link_mbit=0.0),
-    row("lynx", 1700.0, link_mbit=0.0),
-    *(row("nixl", 6000.0 + n, concurrency=8) for n in range(8)),
-    *(row("lynx", 2000.0 + 100 * n, concurrency=8) for n in range(8)),
-]
-
-
 def test_report_has_exactly_the_documented_keys():
     report = json.loads(json.dumps(to_report("a machine", "a model", SAMPLE)))
     assert list(report) == ["machine", "model", "rows"]
@@ -101,73 +66,6 @@ def test_report_with_other_keys_is_refused():
     report["rows"][0]["speed"] = 1
     with pytest.raises(BenchError, match="row 0: keys differ in speed"):
         from_report(report)
-
-
-def test_a_run_goes_on_where_its_report_ends(tmp_path):
-    file = ReportFile(tmp_path / "e2e.json", "a machine", "a model")
-    assert file.load() == []
-    file.save(SAMPLE)
-    assert file.load() == SAMPLE
-    assert [one.name for one in tmp_path.iterdir()] == ["e2e.json"]
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("{", "e2e.json: Expecting"),
-        ("[]", "e2e.json: not a report"),
-        (to_report("another", "a model", []), "its machine is 'another', here it is 'a machine'"),
-        (to_report("a machine", "another", []), "its model is 'another', here it is 'a model'"),
-        ({"machine": "a machine", "model": "a model"}, "e2e.json: no rows"),
-        ({"machine": "a machine", "model": "a model", "rows": [{}]}, "e2e.json: row 0: keys"),
-    ],
-)
-def test_what_cannot_be_resumed_is_refused(tmp_path, content, message):
-    path = tmp_path / "e2e.json"
-    text = content if isinstance(content, str) else json.dumps(content)
-    path.write_text(text)
-    with pytest.raises(BenchError, match=message):
-        ReportFile(path, "a machine", "a model").load()
-    assert path.read_text() == text
-
-
-def test_resuming_measures_what_is_missing(tmp_path, model_folder, monkeypatch):
-    """Servers and measurements are played; which of them, and in which order, is the bench's."""
-    block = Block([100.0, 200.0], [1025], ["cached"], [1], 1)
-    modes = ["single", "lynx", "lynx-int8"]
-    options = runner.Options(tmp_path, str(model_folder), "bfloat16", modes, block)
-    shaped = dataclasses.replace(loopback(0), kind="netns")
-    started, measured, saved = [], [], []
-
-    class PlayedFleet(Fleet):
-        def __init__(self, modes, link, options):
-            started.append([mode.name for mode in modes])
-            super().__init__(modes, link, options)
-
-        def start(self, timeout, waiting):
-            """No server is started."""
-
-    class PlayedMeter(measure.Meter):
-        def warm_up(self, mode, prompt):
-            """Nothing to warm."""
-
-        def measure(self, mode, cell, prompts):
-            measured.append((cell.link_mbit, mode.name))
-            return [row(mode.name, 1.0, **dataclasses.asdict(cell))]
-
-    monkeypatch.setattr(runner, "Fleet", PlayedFleet)
-    monkeypatch.setattr(runner, "Meter", PlayedMeter)
-    monkeypatch.setattr(runner, "open_link", lambda mbit: contextlib.nullcontext(shaped))
-    monkeypatch.setattr(runner, "set_rate", lambda link, mbit: None)
-    bench = runner.Bench(options, lambda line: None, lambda *step: None)
-    known = [row(mode, 1.0, prompt_tokens=1025, link_mbit=100.0) for mode in modes[:2]]
-    bench.rows += [*known, row("single", 1.0, prompt_tokens=1025)]
-    bench.run(lambda rows: saved.append(len(rows)))
-    assert started == [["lynx", "lynx-int8"]], "no server of a mode that is complete"
-    assert measured == [(100.0, "lynx-int8"), (200.0, "lynx"), (200.0, "lynx-int8")]
-    assert saved == [4, 5, 6]
-    bench.run(lambda rows: saved.append(len(rows)))
-    assert len(started) == 1, "nothing was left"
 
 
 def test_times_count_from_zero_and_the_step_ignores_bursts():
