@@ -21,10 +21,11 @@ demo: setup ## two vLLM servers and a router: one prompt, speculative and blocki
 test: setup ## all tests that this machine can run
 	$(BIN)/python -m pytest $(ARGS)
 
-lint: setup ## ruff and mypy
+lint: setup ## ruff, mypy and import-linter
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 
 clean: ## remove what builds, tests and the demo left (.venv and the model stay)
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-logs demo-report.json demo-timeline.png

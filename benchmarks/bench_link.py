@@ -24,16 +24,16 @@ from collections.abc import Callable
 
 import numpy as np
 
-from lynx_connector import protocol
 from lynx_connector.codec import KVGeometry, get_codec
-from lynx_connector.demo.link import open_link
-from lynx_connector.events import EventLog
-from lynx_connector.producer.staging import StagedTransfer, StagingStore
-from lynx_connector.transfer import TierBuffers, plan_pieces
+from lynx_connector.telemetry.events import EventLog
+from lynx_connector.testbed.link import open_link
+from lynx_connector.tiers.pieces import TierBuffers, plan_pieces
+from lynx_connector.tiers.staging import StagedTransfer, StagingStore
 from lynx_connector.transport.client import TierClient
 from lynx_connector.transport.handshake import Identity
 from lynx_connector.transport.loop import TransportLoop
 from lynx_connector.transport.server import TierServer
+from lynx_connector.wire import messages
 
 GEOMETRY = KVGeometry(num_layers=30, num_kv_heads=3, head_dim=64, dtype="bfloat16")
 IDENTITY = Identity("bench", "bench/0")
@@ -83,10 +83,10 @@ class Arrivals:
         self.anchored_at = 0.0
         self.done = False
 
-    def buffer(self, frame: protocol.Frame) -> np.ndarray:
+    def buffer(self, frame: messages.Frame) -> np.ndarray:
         return np.empty(frame.num_bytes, np.uint8)
 
-    def landed(self, frame: protocol.Frame, payload: np.ndarray) -> bool:
+    def landed(self, frame: messages.Frame, payload: np.ndarray) -> bool:
         now = time.monotonic()
         self.frames.append((now, frame.tier, frame.num_bytes))
         last = frame.first_token + frame.num_tokens == self.tokens

@@ -13,8 +13,10 @@ import functools
 import logging
 from typing import TYPE_CHECKING, Any
 
-from lynx_connector import compat
-from lynx_connector.compat import (
+from lynx_connector.config import LynxConfig, PlanMode
+from lynx_connector.consumer.scheduler import ConsumerScheduler
+from lynx_connector.engine import compat
+from lynx_connector.engine.compat import (
     KVConnectorBase_V1,
     KVConnectorHandshakeMetadata,
     KVConnectorMetadata,
@@ -24,17 +26,15 @@ from lynx_connector.compat import (
     KVConnectorTransferResults,
     KVConnectorWorkerMetadata,
 )
-from lynx_connector.config import LynxConfig, PlanMode
-from lynx_connector.consumer.scheduler import ConsumerScheduler
-from lynx_connector.events import EventLog
-from lynx_connector.metadata import LynxHandshakeMetadata, LynxMetadata, LynxWorkerMetadata
-from lynx_connector.metrics import CONSUMER, PRODUCER, Meter
+from lynx_connector.engine.metadata import LynxHandshakeMetadata, LynxMetadata, LynxWorkerMetadata
+from lynx_connector.engine.stats import LynxPromMetrics, LynxStats
 from lynx_connector.plan import KVShape
 from lynx_connector.plan.planner import Planner
 from lynx_connector.producer.bootstrap import BootstrapServer
 from lynx_connector.producer.scheduler import ProducerScheduler
 from lynx_connector.scheduler.port import EarlyReplyPort, SpeculationPort
-from lynx_connector.stats import LynxPromMetrics, LynxStats
+from lynx_connector.telemetry.events import EventLog
+from lynx_connector.telemetry.metrics import CONSUMER, PRODUCER, Meter
 
 if TYPE_CHECKING:
     import torch
@@ -219,11 +219,11 @@ class LynxConnector(KVConnectorBase_V1):
 
         from lynx_connector.codec import KVGeometry
         from lynx_connector.consumer.worker import ConsumerWorker
-        from lynx_connector.kv_layout import build_paged_cache
+        from lynx_connector.engine.kv_layout import build_paged_cache
+        from lynx_connector.engine.worker_context import WorkerContext
         from lynx_connector.producer.worker import ProducerWorker
         from lynx_connector.transport.handshake import Identity
         from lynx_connector.transport.loop import TransportLoop
-        from lynx_connector.worker_context import WorkerContext
 
         config, vllm_config = self._config, self._vllm_config
         transfer = vllm_config.kv_transfer_config

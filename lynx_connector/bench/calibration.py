@@ -15,10 +15,10 @@ from lynx_connector.bench.hf_model import HFModel, load_config
 from lynx_connector.bench.learning import observe
 from lynx_connector.bench.texts import build_prompts
 from lynx_connector.codec import KltTables, KVGeometry
-from lynx_connector.codec.base import DTYPES
 from lynx_connector.codec.klt_learner import TableLearner
+from lynx_connector.codec.types import DTYPES
 from lynx_connector.config import MIN_LEARN_TOKENS
-from lynx_connector.identity import compatibility_hash
+from lynx_connector.wire.identity import compatibility_hash
 
 PROMPT_TOKENS = 4096
 """Tokens taken of one text at most: attention of the reference model is quadratic in them."""

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lynx_kernels.rotation import NO_ROTATION, Rotation, fit_rotation
+from lynx_kernels.shared.rotation import NO_ROTATION, Rotation, fit_rotation
 
 from lynx_connector.bench.errors import BenchError
-from lynx_connector.codec.base import DTYPES, KVGeometry
 from lynx_connector.codec.query_energy import QUERY_STRIDE
+from lynx_connector.codec.types import DTYPES, KVGeometry
 
 
 @dataclass(frozen=True)

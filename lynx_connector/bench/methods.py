@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from lynx_kernels.paged import PagedKVCache, PageIndex
+from lynx_kernels.shared.paged import PagedKVCache, PageIndex
 
 from lynx_connector.bench.baselines import Baseline
 from lynx_connector.codec import Codec, Tier
 from lynx_connector.codec.exact import ExactTier
-from lynx_connector.raw_vectors import record_bytes
+from lynx_connector.tiers.raw_vectors import record_bytes
 
 BLOCK_SIZE = 16
 _LENGTH_BITS = 32  # of a token's variable-length exact code, as on the wire

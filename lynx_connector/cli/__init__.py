@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from lynx_connector.launch import Role
+from lynx_connector.testbed.launch import Role
 
 app = typer.Typer(
     name="lynx",

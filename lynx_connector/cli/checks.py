@@ -18,8 +18,8 @@ from pathlib import Path
 
 import psutil
 
-from lynx_connector.demo.link import netns_obstacle
-from lynx_connector.launch import is_cpu_build
+from lynx_connector.testbed.launch import is_cpu_build
+from lynx_connector.testbed.link import netns_obstacle
 
 SUPPORTED_VLLM = "0.32"
 DEFAULT_SERVE_PORT = 8000
@@ -263,14 +263,15 @@ import os; os._exit(0)
 _PEER_PROBE = """
 import asyncio, os, sys
 import ucxx
-from lynx_connector import __version__, protocol
+from lynx_connector import __version__
+from lynx_connector.wire import messages
 from lynx_connector.transport.connection import Connection
 async def main(host, port):
     ucxx.init(progress_mode="thread", enable_python_future=True)
     endpoint = await ucxx.create_endpoint(host, port)
     connection = Connection(endpoint, f"{host}:{port}")
-    version = protocol.PROTOCOL_VERSION
-    hello = protocol.Hello(version, __version__, "doctor", "lynx doctor", b"0" * 32)
+    version = messages.PROTOCOL_VERSION
+    hello = messages.Hello(version, __version__, "doctor", "lynx doctor", b"0" * 32)
     await connection.send(hello)
     answer = await connection.receive()
     # Refused is the right answer: a doctor serves no model.

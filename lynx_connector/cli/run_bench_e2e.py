@@ -21,10 +21,10 @@ from lynx_connector.bench.e2e.report_file import ReportFile
 from lynx_connector.bench.e2e.runner import Bench, Options
 from lynx_connector.bench.errors import BenchError
 from lynx_connector.cli.terminal import progress_bar, report_console
-from lynx_connector.demo.client import RequestError
-from lynx_connector.demo.link import LinkError
-from lynx_connector.demo.model import ModelError
-from lynx_connector.demo.process import ServerError
+from lynx_connector.testbed.client import RequestError
+from lynx_connector.testbed.link import LinkError
+from lynx_connector.testbed.model import ModelError
+from lynx_connector.testbed.process import ServerError
 
 _INTERRUPTED = 130
 

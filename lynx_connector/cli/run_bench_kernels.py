@@ -18,7 +18,7 @@ from lynx_connector.bench.kernels.runner import measure
 from lynx_connector.bench.output import save_json
 from lynx_connector.cli.terminal import report_console
 from lynx_connector.codec import CODECS, CodecError
-from lynx_connector.codec.base import DTYPES
+from lynx_connector.codec.types import DTYPES
 
 DEFAULT_HEAD_DIMS = (64, 128)
 DEFAULT_TOKENS = {"cpu": 512, "cuda": 8192}

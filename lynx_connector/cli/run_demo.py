@@ -10,12 +10,12 @@ from types import FrameType
 import typer
 from rich.console import Console
 
-from lynx_connector.demo.client import RequestError
-from lynx_connector.demo.model import ModelError
-from lynx_connector.demo.process import ServerError
-from lynx_connector.demo.prompt import PromptError
 from lynx_connector.demo.report import IncompleteRunError
 from lynx_connector.demo.runner import DemoError, DemoOptions, run_demo
+from lynx_connector.testbed.client import RequestError
+from lynx_connector.testbed.model import ModelError
+from lynx_connector.testbed.process import ServerError
+from lynx_connector.testbed.prompt import PromptError
 
 _INTERRUPTED = 130
 

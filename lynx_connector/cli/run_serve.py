@@ -10,7 +10,7 @@ from typing import NoReturn
 
 import typer
 
-from lynx_connector.launch import Role, is_cpu_build, serve_command
+from lynx_connector.testbed.launch import Role, is_cpu_build, serve_command
 
 
 def run(role: Role, model: str, vllm_args: list[str]) -> NoReturn:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import typer
 
-from lynx_connector.trace import TraceError, read_events, to_chrome
+from lynx_connector.telemetry.trace import TraceError, read_events, to_chrome
 
 
 def run(files: Sequence[Path], out: Path) -> None:

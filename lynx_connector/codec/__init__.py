@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
-from lynx_connector.codec.base import Codec, CodecError, KVGeometry, Tier
+from lynx_connector.codec.base import Codec
 from lynx_connector.codec.hadamard import HadamardCodec
 from lynx_connector.codec.klt import KltCodec
 from lynx_connector.codec.klt_tables import KltTables
 from lynx_connector.codec.raw import RawCodec
+from lynx_connector.codec.types import CodecError, KVGeometry, Tier
 from lynx_connector.codec.uniform import Int4Codec, Int8Codec
 
 CODECS: dict[str, type[Codec]] = {

@@ -9,19 +9,43 @@ small; while one part is copied to its rows, the next one is encoded.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from lynx_kernels.paged import PagedKVCache
+from lynx_kernels.shared.paged import PagedKVCache
 from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from lynx_connector.codec.base import Codec, Rows, Tier
+from lynx_connector.codec.types import Rows, Tier
 
 BUFFER_BYTES = 64 << 20
 """Most bytes of tiers in one device buffer."""
 _ALIGNMENT = 256
+
+
+class DeviceCodec(Protocol):
+    """What is asked of a `Codec` here."""
+
+    @property
+    def tiers(self) -> tuple[Tier, ...]: ...
+
+    def bytes_per_token(self, tier: Tier) -> int: ...
+
+    def encode_device(
+        self,
+        cache: PagedKVCache,
+        slots: torch.Tensor,
+        out: Mapping[Tier, torch.Tensor],
+        first_position: int = 0,
+    ) -> None: ...
+
+    def decode_device(
+        self,
+        tiers: Sequence[torch.Tensor],
+        cache: PagedKVCache,
+        slots: torch.Tensor,
+        first_position: int = 0,
+    ) -> None: ...
 
 
 class _Buffer:
@@ -44,7 +68,7 @@ class _Buffer:
 
 
 def encode(
-    codec: Codec,
+    codec: DeviceCodec,
     cache: PagedKVCache,
     slots: NDArray[np.int64],
     out: Mapping[Tier, Rows],
@@ -72,7 +96,7 @@ def encode(
 
 
 def decode(
-    codec: Codec,
+    codec: DeviceCodec,
     tiers: Sequence[Rows],
     cache: PagedKVCache,
     slots: NDArray[np.int64],
@@ -95,7 +119,7 @@ def decode(
         )
 
 
-def warmup(codec: Codec, cache: PagedKVCache) -> None:
+def warmup(codec: DeviceCodec, cache: PagedKVCache) -> None:
     """Compile every kernel for exactly this cache: launches that have no token to work on."""
     slots = torch.empty(0, dtype=torch.int64, device=cache.device)
     rows = [
@@ -126,7 +150,7 @@ def download(values: torch.Tensor) -> NDArray[Any]:
     return here.numpy()
 
 
-def _parts(codec: Codec, tokens: int) -> Iterator[slice]:
+def _parts(codec: DeviceCodec, tokens: int) -> Iterator[slice]:
     step = max(1, BUFFER_BYTES // sum(map(codec.bytes_per_token, codec.tiers)))
     for start in range(0, tokens, step):
         yield slice(start, min(start + step, tokens))
@@ -145,7 +169,7 @@ def _mark(device: torch.device) -> torch.cuda.Event | None:
 
 
 def _take(
-    codec: Codec,
+    codec: DeviceCodec,
     out: Mapping[Tier, Rows],
     part: slice,
     here: _Buffer,

@@ -12,12 +12,14 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 import xxhash
-from lynx_kernels import exact_cpu, raw_cpu
-from lynx_kernels.paged import PagedKVCache
-from lynx_kernels.tile_cpu import KIND
+from lynx_kernels.exact import cpu as exact_cpu
+from lynx_kernels.raw import cpu as raw_cpu
+from lynx_kernels.shared.paged import PagedKVCache
+from lynx_kernels.shared.tiles_cpu import KIND
 from numpy.typing import NDArray
 
-from lynx_connector.codec.base import Codec, CodecError, Rows
+from lynx_connector.codec.base import Codec
+from lynx_connector.codec.types import CodecError, Rows
 
 _CHECKSUM = np.dtype("<u8")
 

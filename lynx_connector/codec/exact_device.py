@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from lynx_kernels import exact_triton, raw_triton
-from lynx_kernels.paged import PagedKVCache
+from lynx_kernels.exact import gpu as exact_gpu
+from lynx_kernels.raw import gpu as raw_gpu
+from lynx_kernels.shared.paged import PagedKVCache
 from numpy.typing import NDArray
 
 from lynx_connector.codec.device import download, upload
@@ -32,11 +33,11 @@ class DeviceCoder:
     def words(self, cache: PagedKVCache, slots: NDArray[np.int64]) -> torch.Tensor:
         tokens = len(slots)
         words = torch.empty((tokens, self._tilt.numel()), dtype=self._word, device=cache.device)
-        raw_triton.encode(cache, upload(slots, cache.device), words.view(torch.uint8))
+        raw_gpu.encode(cache, upload(slots, cache.device), words.view(torch.uint8))
         return words
 
     def write(self, cache: PagedKVCache, slots: NDArray[np.int64], words: torch.Tensor) -> None:
-        raw_triton.decode(cache, upload(slots, cache.device), words.view(torch.uint8))
+        raw_gpu.decode(cache, upload(slots, cache.device), words.view(torch.uint8))
 
     def encode(
         self, true: torch.Tensor, coarse: torch.Tensor, spread: NDArray[np.int16]
@@ -58,7 +59,7 @@ class DeviceCoder:
         self, true: torch.Tensor, coarse: torch.Tensor, spread: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Bytes uint8 [n] and lengths int64 [T], left on the device; spread: int16 [T, V]."""
-        return exact_triton.encode(true, coarse, spread, self._tilt, self._kind, self._header)
+        return exact_gpu.encode(true, coarse, spread, self._tilt, self._kind, self._header)
 
     def decode_device(
         self,
@@ -68,9 +69,7 @@ class DeviceCoder:
         spread: torch.Tensor,
     ) -> torch.Tensor:
         """Inverse of `encode_device`. Raises ValueError for bytes that nothing is encoded to."""
-        return exact_triton.decode(
-            data, lengths, coarse, spread, self._tilt, self._kind, self._header
-        )
+        return exact_gpu.decode(data, lengths, coarse, spread, self._tilt, self._kind, self._header)
 
     def on_host(self, words: torch.Tensor) -> NDArray:
         return download(words)

@@ -3,7 +3,7 @@
 
 anchor: 4-bit Lloyd-Max cell per element plus one scale byte per vector; row = codes [L, 2, H, D/2],
 then scales [L, 2, H]. residual: 4-bit place inside the cell; row = [L, 2, H, D/2]. For head_dim 64
-that is 4.125 and 4 bits per element. `lynx_kernels.hadamard` defines the code.
+that is 4.125 and 4 bits per element. `lynx_kernels.hadamard.reference` defines the code.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from lynx_kernels import hadamard, hadamard_cpu
-from lynx_kernels.paged import PagedKVCache
+from lynx_kernels.hadamard import cpu as hadamard_cpu
+from lynx_kernels.hadamard import reference as hadamard
+from lynx_kernels.shared.paged import PagedKVCache
 from numpy.typing import NDArray
 
-from lynx_connector.codec.base import Codec, CodecError, KVGeometry, Rows, Tier
+from lynx_connector.codec.base import Codec
+from lynx_connector.codec.types import CodecError, KVGeometry, Rows, Tier
 
 
 class HadamardCodec(Codec):
@@ -89,9 +91,9 @@ class HadamardCodec(Codec):
         out: Mapping[Tier, torch.Tensor],
         first_position: int = 0,
     ) -> None:
-        from lynx_kernels import hadamard_triton
+        from lynx_kernels.hadamard import gpu as hadamard_gpu
 
-        hadamard_triton.encode(cache, slots, out[Tier.ANCHOR], out[Tier.RESIDUAL])
+        hadamard_gpu.encode(cache, slots, out[Tier.ANCHOR], out[Tier.RESIDUAL])
 
     def decode_device(
         self,
@@ -100,6 +102,6 @@ class HadamardCodec(Codec):
         slots: torch.Tensor,
         first_position: int = 0,
     ) -> None:
-        from lynx_kernels import hadamard_triton
+        from lynx_kernels.hadamard import gpu as hadamard_gpu
 
-        hadamard_triton.decode(cache, slots, tiers[0], tiers[1] if len(tiers) == 2 else None)
+        hadamard_gpu.decode(cache, slots, tiers[0], tiers[1] if len(tiers) == 2 else None)

@@ -3,7 +3,7 @@
 
 anchor: D * anchor_bits / 8 bytes a vector [L, 2, H], then one scale byte a vector; residual: a
 layer's K vectors, then its V vectors, which have half a bit an element less and more than 8 bits
-leave: 8.125 bits in all for head_dim 64. `lynx_kernels.klt` defines the code.
+leave: 8.125 bits in all for head_dim 64. `lynx_kernels.klt.reference` defines the code.
 """
 
 from __future__ import annotations
@@ -14,17 +14,20 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
-from lynx_kernels import hadamard, klt, klt_cpu
-from lynx_kernels.anchor_code import anchor_code
-from lynx_kernels.exact_code import NO_ERROR, error_steps
-from lynx_kernels.paged import PagedKVCache
+from lynx_kernels.hadamard import reference as hadamard
+from lynx_kernels.klt import cpu as klt_cpu
+from lynx_kernels.klt import reference as klt
+from lynx_kernels.shared.anchor_code import anchor_code
+from lynx_kernels.shared.error_steps import NO_ERROR, error_steps
+from lynx_kernels.shared.paged import PagedKVCache
 from numpy.typing import NDArray
 
-from lynx_connector.codec.base import Codec, CodecError, KVGeometry, Rows, Tier
+from lynx_connector.codec.base import Codec
 from lynx_connector.codec.klt_tables import ANCHOR_BITS, KltTables
+from lynx_connector.codec.types import CodecError, KVGeometry, Rows, Tier
 
 if TYPE_CHECKING:
-    from lynx_kernels.klt_triton import KltDevice
+    from lynx_kernels.klt.gpu import KltDevice
 
 _TOKENS = 64  # that the torch reference takes at once, to bound its scratch memory
 
@@ -90,7 +93,7 @@ class KltCodec(Codec):
             super().warmup(cache)
 
     def _on_device(self, device: torch.device) -> KltDevice:
-        from lynx_kernels.klt_triton import KltDevice
+        from lynx_kernels.klt.gpu import KltDevice
 
         if device not in self._devices:
             self._devices[device] = KltDevice.of(self._code, device)
@@ -103,11 +106,11 @@ class KltCodec(Codec):
         out: Mapping[Tier, torch.Tensor],
         first_position: int = 0,
     ) -> None:
-        from lynx_kernels import klt_triton
+        from lynx_kernels.klt import gpu as klt_gpu
 
         layers = self._on_device(cache.device)
         rows = out[Tier.ANCHOR], out[Tier.RESIDUAL]
-        klt_triton.encode(cache, slots, layers, *rows, first_position)
+        klt_gpu.encode(cache, slots, layers, *rows, first_position)
 
     def decode_device(
         self,
@@ -116,11 +119,11 @@ class KltCodec(Codec):
         slots: torch.Tensor,
         first_position: int = 0,
     ) -> None:
-        from lynx_kernels import klt_triton
+        from lynx_kernels.klt import gpu as klt_gpu
 
         layers = self._on_device(cache.device)
         residual = tiers[1] if len(tiers) == 2 else None
-        klt_triton.decode(cache, slots, layers, tiers[0], residual, first_position)
+        klt_gpu.decode(cache, slots, layers, tiers[0], residual, first_position)
 
     @functools.cached_property
     def _layers(self) -> klt_cpu.KltLayers:

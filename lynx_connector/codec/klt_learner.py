@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from lynx_kernels.klt import K_BITS, MAX_WIDTH
-from lynx_kernels.paged import PagedKVCache
-from lynx_kernels.rotation import NO_ROTATION, Rotation
+from lynx_kernels.klt.reference import K_BITS, MAX_WIDTH
+from lynx_kernels.shared.paged import PagedKVCache
+from lynx_kernels.shared.rotation import NO_ROTATION, Rotation
 from numpy.typing import NDArray
 
-from lynx_connector.codec.base import CodecError, KVGeometry
 from lynx_connector.codec.klt_tables import ANCHOR_BITS, BASIS_LIMIT, KltTables
 from lynx_connector.codec.query_energy import QueryEnergy
+from lynx_connector.codec.types import CodecError, KVGeometry
 
 
 class TableLearner:

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 import msgspec
 import numpy as np
-from lynx_kernels.klt import K_BITS, MAX_WIDTH, KltCode, v_widths
-from lynx_kernels.rotation import NO_ROTATION, Rotation
+from lynx_kernels.klt.reference import K_BITS, MAX_WIDTH, KltCode, v_widths
+from lynx_kernels.shared.rotation import NO_ROTATION, Rotation
 from numpy.typing import NDArray
 
-from lynx_connector.codec.base import CodecError, KVGeometry
+from lynx_connector.codec.types import CodecError, KVGeometry
 
 VERSION = 2
 ANCHOR_BITS = (3, 4, 5)

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from lynx_kernels.rotation import Rotation
+from lynx_kernels.shared.rotation import Rotation
 from numpy.typing import NDArray
 
-from lynx_connector.codec.base import KVGeometry
+from lynx_connector.codec.types import KVGeometry
 
 QUERY_STRIDE = 4
 """One token of so many shows its queries while tables are learned."""

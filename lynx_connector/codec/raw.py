@@ -12,11 +12,13 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from lynx_kernels import raw, raw_cpu
-from lynx_kernels.paged import PagedKVCache
+from lynx_kernels.raw import cpu as raw_cpu
+from lynx_kernels.raw import reference as raw
+from lynx_kernels.shared.paged import PagedKVCache
 from numpy.typing import NDArray
 
-from lynx_connector.codec.base import Codec, Rows, Tier
+from lynx_connector.codec.base import Codec
+from lynx_connector.codec.types import Rows, Tier
 
 
 class RawCodec(Codec):
@@ -69,9 +71,9 @@ class RawCodec(Codec):
         out: Mapping[Tier, torch.Tensor],
         first_position: int = 0,
     ) -> None:
-        from lynx_kernels import raw_triton
+        from lynx_kernels.raw import gpu as raw_gpu
 
-        raw_triton.encode(cache, slots, out[Tier.ANCHOR])
+        raw_gpu.encode(cache, slots, out[Tier.ANCHOR])
 
     def decode_device(
         self,
@@ -80,6 +82,6 @@ class RawCodec(Codec):
         slots: torch.Tensor,
         first_position: int = 0,
     ) -> None:
-        from lynx_kernels import raw_triton
+        from lynx_kernels.raw import gpu as raw_gpu
 
-        raw_triton.decode(cache, slots, tiers[0])
+        raw_gpu.decode(cache, slots, tiers[0])

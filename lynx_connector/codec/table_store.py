@@ -21,9 +21,9 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from lynx_connector.codec.base import CodecError, KVGeometry
 from lynx_connector.codec.klt_tables import KltTables
-from lynx_connector.protocol import Digest
+from lynx_connector.codec.types import CodecError, KVGeometry
+from lynx_connector.wire.messages import Digest
 
 logger = logging.getLogger("vllm.lynx.tables")
 

@@ -2,7 +2,7 @@
 """Plain symmetric int8 and int4 per token and head: one tier, the baselines of every comparison.
 
 Row = codes [L, 2, H, D * bits / 8], then bfloat16 scales [L, 2, H]: 8.25 and 4.25 bits per element
-for head_dim 64. `lynx_kernels.uniform` defines the code.
+for head_dim 64. `lynx_kernels.uniform.reference` defines the code.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from lynx_kernels import uniform, uniform_cpu
-from lynx_kernels.paged import PagedKVCache
+from lynx_kernels.shared.paged import PagedKVCache
+from lynx_kernels.uniform import cpu as uniform_cpu
+from lynx_kernels.uniform import reference as uniform
 from numpy.typing import NDArray
 
-from lynx_connector.codec.base import Codec, CodecError, KVGeometry, Rows, Tier
+from lynx_connector.codec.base import Codec
+from lynx_connector.codec.types import CodecError, KVGeometry, Rows, Tier
 
 
 class UniformCodec(Codec):
@@ -77,9 +79,9 @@ class UniformCodec(Codec):
         out: Mapping[Tier, torch.Tensor],
         first_position: int = 0,
     ) -> None:
-        from lynx_kernels import uniform_triton
+        from lynx_kernels.uniform import gpu as uniform_gpu
 
-        uniform_triton.encode(cache, slots, out[Tier.ANCHOR], self.bits)
+        uniform_gpu.encode(cache, slots, out[Tier.ANCHOR], self.bits)
 
     def decode_device(
         self,
@@ -88,9 +90,9 @@ class UniformCodec(Codec):
         slots: torch.Tensor,
         first_position: int = 0,
     ) -> None:
-        from lynx_kernels import uniform_triton
+        from lynx_kernels.uniform import gpu as uniform_gpu
 
-        uniform_triton.decode(cache, slots, tiers[0], self.bits)
+        uniform_gpu.decode(cache, slots, tiers[0], self.bits)
 
 
 class Int8Codec(UniformCodec):

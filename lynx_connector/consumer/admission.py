@@ -8,9 +8,9 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lynx_connector import first_token
 from lynx_connector.config import ONE_TIER_CODECS, StartMode
-from lynx_connector.handoff import Handoff, prompt_digest
+from lynx_connector.scheduler import first_token
+from lynx_connector.wire.handoff import Handoff, prompt_digest
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request

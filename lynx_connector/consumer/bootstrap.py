@@ -16,7 +16,7 @@ import httpx
 import msgspec
 
 from lynx_connector.errors import TransferError
-from lynx_connector.handoff import BootstrapAnswer, MooncakeLeg
+from lynx_connector.wire.handoff import BootstrapAnswer, MooncakeLeg
 
 POLL_SECONDS = 10.0
 """How long the server may hold one question."""

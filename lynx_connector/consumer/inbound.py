@@ -9,14 +9,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lynx_connector import protocol
 from lynx_connector.codec import KVGeometry, Tier
-from lynx_connector.codec.base import DTYPES
+from lynx_connector.codec.types import DTYPES
 from lynx_connector.consumer.budget import Reservation
+from lynx_connector.engine.metadata import LoadRequest
 from lynx_connector.errors import TransferError
-from lynx_connector.metadata import LoadRequest
-from lynx_connector.raw_vectors import RawVectors, record_bytes
-from lynx_connector.transfer import ExactRun, Piece, TierBuffers, TokenRange
+from lynx_connector.tiers.pieces import ExactRun, Piece, TierBuffers, TokenRange
+from lynx_connector.tiers.raw_vectors import RawVectors, record_bytes
+from lynx_connector.wire import messages
 
 EXACT_MARGIN = 4096
 """Bytes that a token's exact tier may take beyond twice the raw token: a bound against nonsense."""
@@ -84,7 +84,7 @@ class InboundTransfer:
 
     # ---- transport thread -------------------------------------------------------------
 
-    def buffer(self, frame: protocol.Frame) -> np.ndarray:
+    def buffer(self, frame: messages.Frame) -> np.ndarray:
         """Memory for a frame: its staging rows, or its own where it carries more than rows.
 
         Raises:
@@ -137,7 +137,7 @@ class InboundTransfer:
             return 1, 0
         return size, size
 
-    def landed(self, frame: protocol.Frame, payload: np.ndarray) -> bool:
+    def landed(self, frame: messages.Frame, payload: np.ndarray) -> bool:
         """Queue a verified frame for the main thread; True once every tier is complete.
 
         Raises:

@@ -11,19 +11,24 @@ import time
 from collections import deque
 
 from lynx_connector.codec import Tier
+from lynx_connector.codec.cache import CodecCache
 from lynx_connector.codec.table_store import TableStore
-from lynx_connector.codec_cache import CodecCache
 from lynx_connector.config import FALLBACK_CODEC, FinalTier
 from lynx_connector.consumer.budget import Reservation, StagingBudget
 from lynx_connector.consumer.inbound import InboundTransfer, LandedRows
 from lynx_connector.consumer.tables import ConsumerTables
 from lynx_connector.consumer.writer import TierWriter
+from lynx_connector.engine.metadata import (
+    LoadRequest,
+    LynxMetadata,
+    LynxWorkerMetadata,
+    ReleaseRequest,
+)
+from lynx_connector.engine.worker_context import WorkerContext
 from lynx_connector.errors import LynxError
-from lynx_connector.handoff import TABLE_CODECS
-from lynx_connector.metadata import LoadRequest, LynxMetadata, LynxWorkerMetadata, ReleaseRequest
-from lynx_connector.transfer import TierBuffers, TokenRange, plan_pieces, slots_of
+from lynx_connector.tiers.pieces import TierBuffers, TokenRange, plan_pieces, slots_of
 from lynx_connector.transport.client import TierClient
-from lynx_connector.worker_context import WorkerContext
+from lynx_connector.wire.handoff import TABLE_CODECS
 
 logger = logging.getLogger("vllm.lynx.consumer")
 

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Landed tiers into the paged cache: decode rows, put raw vectors over them, apply exact tiers."""
 
-from lynx_kernels.paged import PagedKVCache
+from lynx_kernels.shared.paged import PagedKVCache
 
 from lynx_connector.codec import Codec, CodecError, Tier
+from lynx_connector.codec.cache import CodecCache
 from lynx_connector.codec.exact import ExactTier
-from lynx_connector.codec_cache import CodecCache
+from lynx_connector.codec.types import RowLayout
 from lynx_connector.consumer.inbound import InboundTransfer, LandedRows
 from lynx_connector.consumer.tables import ConsumerTables
-from lynx_connector.transfer import RowLayout
 
 
 class TierWriter:

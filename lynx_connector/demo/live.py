@@ -12,8 +12,8 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from lynx_connector.demo.client import Answer
-from lynx_connector.demo.trace import EventTail, Trace
+from lynx_connector.testbed.client import Answer
+from lynx_connector.testbed.trace import EventTail, Trace
 
 _TEXT_CHARACTERS = 600
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from rich.table import Table
 
-from lynx_connector.demo.client import Answer
-from lynx_connector.demo.link import Link
-from lynx_connector.demo.trace import Trace
+from lynx_connector.testbed.client import Answer
+from lynx_connector.testbed.link import Link
+from lynx_connector.testbed.trace import Trace
 
 LATE_TOKEN = 32
 """The token whose time stands for "the answer is well under way", as in the paper."""
@@ -20,17 +20,6 @@ LATE_TOKEN = 32
 
 class IncompleteRunError(RuntimeError):
     """A run left too few events to be reported; the message names the one that is missing."""
-
-
-def kv_elements_per_token(model: str) -> int:
-    """Elements of the KV cache per token, from the model's configuration."""
-    from transformers import AutoConfig  # takes seconds
-
-    config = AutoConfig.from_pretrained(model).get_text_config()
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    return int(2 * config.num_hidden_layers * kv_heads * head_dim)
 
 
 def build_report(

@@ -14,21 +14,20 @@ from typing import Any
 from rich.console import Console
 
 from lynx_connector.config import FIRST_TABLES_TOKENS
-from lynx_connector.demo.client import stream_chat
-from lynx_connector.demo.cluster import Cluster, Side
-from lynx_connector.demo.link import Link, loopback, open_link
 from lynx_connector.demo.live import LiveView, Run
-from lynx_connector.demo.model import ensure_model
-from lynx_connector.demo.prompt import chat_prompt
 from lynx_connector.demo.report import (
     build_report,
     comparison_table,
-    kv_elements_per_token,
     summary_lines,
 )
 from lynx_connector.demo.timeline import save_png, terminal_timeline
-from lynx_connector.demo.trace import EventTail, Trace
-from lynx_connector.launch import Role
+from lynx_connector.testbed.client import stream_chat
+from lynx_connector.testbed.cluster import Cluster, Side
+from lynx_connector.testbed.launch import Role
+from lynx_connector.testbed.link import Link, loopback, open_link
+from lynx_connector.testbed.model import ensure_model, kv_elements_per_token
+from lynx_connector.testbed.prompt import chat_prompt
+from lynx_connector.testbed.trace import EventTail, Trace
 
 REPORT = "demo-report.json"
 PICTURE = "demo-timeline.png"

@@ -13,8 +13,8 @@ from pathlib import Path
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from lynx_connector.demo.trace import Trace
-from lynx_connector.trace import Span
+from lynx_connector.telemetry.trace import Span
+from lynx_connector.testbed.trace import Trace
 
 COLOURS = {
     "prefill": "#8c8c8c",

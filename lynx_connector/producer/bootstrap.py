@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from lynx_connector.errors import ConfigError
-from lynx_connector.handoff import BootstrapAnswer
+from lynx_connector.wire.handoff import BootstrapAnswer
 
 if TYPE_CHECKING:
     from starlette.requests import Request

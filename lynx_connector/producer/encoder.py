@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from lynx_kernels.paged import PagedKVCache, PageIndex
+from lynx_kernels.shared.paged import PagedKVCache, PageIndex
 
 from lynx_connector.codec import Codec, CodecError, KVGeometry, Tier
-from lynx_connector.codec.base import DTYPES
 from lynx_connector.codec.exact import ExactTier
-from lynx_connector.raw_vectors import RawVectors
-from lynx_connector.transfer import ExactRun, Piece, TokenRange
+from lynx_connector.codec.types import DTYPES
+from lynx_connector.tiers.pieces import ExactRun, Piece, TokenRange
+from lynx_connector.tiers.raw_vectors import RawVectors
 
 EXACT_TOKENS = 256
 """Tokens whose exact tier is made at once; the scratch cache holds their reconstruction."""

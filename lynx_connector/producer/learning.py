@@ -11,17 +11,17 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from lynx_kernels.paged import PagedKVCache
-from lynx_kernels.rotation import Rotation
+from lynx_kernels.shared.paged import PagedKVCache
+from lynx_kernels.shared.rotation import Rotation
 
 from lynx_connector.codec import CodecError, KltTables
+from lynx_connector.codec.cache import CodecCache
 from lynx_connector.codec.klt_learner import TableLearner
-from lynx_connector.codec_cache import CodecCache
 from lynx_connector.config import FIRST_TABLES_TOKENS
-from lynx_connector.events import EventLog
+from lynx_connector.engine.worker_context import WorkerContext
 from lynx_connector.producer.queries import QuerySample
 from lynx_connector.producer.tables import ProducerTables
-from lynx_connector.worker_context import WorkerContext
+from lynx_connector.telemetry.events import EventLog
 
 logger = logging.getLogger("vllm.lynx.tables")
 

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from lynx_kernels.rotation import Rotation
+from lynx_kernels.shared.rotation import Rotation
 
 from lynx_connector.codec.query_energy import QUERY_STRIDE
-from lynx_connector.metadata import EncodeChunk
-from lynx_connector.transfer import TokenRange, slots_of
+from lynx_connector.engine.metadata import EncodeChunk
+from lynx_connector.tiers.pieces import TokenRange, slots_of
 
 logger = logging.getLogger("vllm.lynx.tables")
 

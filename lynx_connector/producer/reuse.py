@@ -15,13 +15,13 @@ from typing import NamedTuple
 
 import numpy as np
 import xxhash
-from lynx_kernels.paged import PagedKVCache
+from lynx_kernels.shared.paged import PagedKVCache
 
 from lynx_connector.codec import Codec, Tier
-from lynx_connector.metadata import EncodeChunk, EncodePlan
+from lynx_connector.engine.metadata import EncodeChunk, EncodePlan
 from lynx_connector.producer.encoder import ChunkEncoder
-from lynx_connector.raw_vectors import RawVectors
-from lynx_connector.transfer import ExactRun, Piece, TokenRange
+from lynx_connector.tiers.pieces import ExactRun, Piece, TokenRange
+from lynx_connector.tiers.raw_vectors import RawVectors
 
 
 class BlockKey(NamedTuple):

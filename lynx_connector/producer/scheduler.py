@@ -11,7 +11,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from lynx_connector import first_token
 from lynx_connector.config import (
     DEFAULT_ANCHOR_BITS,
     EXACT_FIRST_TOKENS,
@@ -19,9 +18,7 @@ from lynx_connector.config import (
     FinalTier,
     LynxConfig,
 )
-from lynx_connector.events import EventLog
-from lynx_connector.handoff import TABLE_CODECS, Handoff, LynxParams, prompt_digest
-from lynx_connector.metadata import (
+from lynx_connector.engine.metadata import (
     EncodeChunk,
     EncodePlan,
     LynxMetadata,
@@ -31,7 +28,10 @@ from lynx_connector.metadata import (
 from lynx_connector.plan.planner import Planner
 from lynx_connector.plan.policy import Choice, Wanted
 from lynx_connector.plan.taper import Unsent
-from lynx_connector.protocol import PROTOCOL_VERSION
+from lynx_connector.scheduler import first_token
+from lynx_connector.telemetry.events import EventLog
+from lynx_connector.wire.handoff import TABLE_CODECS, Handoff, LynxParams, prompt_digest
+from lynx_connector.wire.messages import PROTOCOL_VERSION
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput

@@ -15,23 +15,23 @@ from dataclasses import dataclass
 import numpy as np
 
 from lynx_connector.codec import CodecError, KltTables
+from lynx_connector.codec.cache import CodecCache
 from lynx_connector.codec.exact import ExactTier
+from lynx_connector.codec.streams import SideStream
 from lynx_connector.codec.table_store import TableStore
-from lynx_connector.codec_cache import CodecCache
 from lynx_connector.config import EXACT_FIRST_TOKENS, FALLBACK_CODEC, FinalTier
-from lynx_connector.handoff import TABLE_CODECS
-from lynx_connector.metadata import EncodeChunk, LynxMetadata
+from lynx_connector.engine.metadata import EncodeChunk, LynxMetadata
+from lynx_connector.engine.worker_context import WorkerContext
 from lynx_connector.producer.encoder import ChunkEncoder
 from lynx_connector.producer.learning import OnlineLearning, start_learning
 from lynx_connector.producer.queries import QuerySample, QuerySampler
 from lynx_connector.producer.reuse import ChunkBlock, EncodedBlocks, ReusingEncoder
-from lynx_connector.producer.staging import StagedTransfer, StagingStore
 from lynx_connector.producer.tables import ProducerTables
-from lynx_connector.protocol import MAX_CAUSE, Prefilled
-from lynx_connector.streams import SideStream
-from lynx_connector.transfer import TierBuffers, TokenRange, plan_pieces, slots_of
+from lynx_connector.tiers.pieces import TierBuffers, TokenRange, plan_pieces, slots_of
+from lynx_connector.tiers.staging import StagedTransfer, StagingStore
 from lynx_connector.transport.server import TierServer
-from lynx_connector.worker_context import WorkerContext
+from lynx_connector.wire.handoff import TABLE_CODECS
+from lynx_connector.wire.messages import MAX_CAUSE, Prefilled
 
 logger = logging.getLogger("vllm.lynx.producer")
 

@@ -10,12 +10,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from lynx_connector import protocol
 from lynx_connector.errors import LynxError, ProtocolError, TransferError
-from lynx_connector.events import SILENT, EventLog
+from lynx_connector.telemetry.events import SILENT, EventLog
 from lynx_connector.transport.connection import Connection, checksum
 from lynx_connector.transport.handshake import Identity, greet
 from lynx_connector.transport.tables import TablesSink, WantedTables
+from lynx_connector.wire import messages
 
 logger = logging.getLogger("vllm.lynx.client")
 
@@ -30,10 +30,10 @@ class Sink(Protocol):
     tables: str
     """Digest of the tables that its rows need; empty: none."""
 
-    def buffer(self, frame: protocol.Frame) -> np.ndarray:
+    def buffer(self, frame: messages.Frame) -> np.ndarray:
         """Memory for a frame's payload; raises TransferError if the frame is not acceptable."""
 
-    def landed(self, frame: protocol.Frame, payload: np.ndarray) -> bool:
+    def landed(self, frame: messages.Frame, payload: np.ndarray) -> bool:
         """The payload is in the buffer and its checksum holds; True if no frame is to come.
 
         Raises TransferError if its content is not acceptable.
@@ -46,7 +46,7 @@ class Sink(Protocol):
         """Nothing more will arrive."""
 
 
-async def connect(address: Address, identity: Identity) -> tuple[Connection, protocol.Welcome]:
+async def connect(address: Address, identity: Identity) -> tuple[Connection, messages.Welcome]:
     """Connect and shake hands; returns what the producer said of itself, too.
 
     Raises:
@@ -95,10 +95,10 @@ class TierClient:
         step_ms: float = 0.0,
     ) -> None:
         """Ask for the tiers of a transfer; the sink hears the rest. step_ms: see `Fetch`."""
-        message = protocol.Fetch(sink.transfer_id, first_token, num_tokens, step_ms)
+        message = messages.Fetch(sink.transfer_id, first_token, num_tokens, step_ms)
         self._spawn(self._fetch(address, sink, message))
 
-    async def _fetch(self, address: Address, sink: Sink, message: protocol.Fetch) -> None:
+    async def _fetch(self, address: Address, sink: Sink, message: messages.Fetch) -> None:
         peer = self._peer(address)
         peer.add(sink)
         try:
@@ -115,7 +115,7 @@ class TierClient:
         peer = self._peer(address)
         peer.forget(transfer_id)
         try:
-            await peer.send(protocol.Release(transfer_id, cause[: protocol.MAX_CAUSE]))
+            await peer.send(messages.Release(transfer_id, cause[: messages.MAX_CAUSE]))
         except (TransferError, ConnectionError) as error:
             logger.info("lynx: could not release transfer %s: %s", transfer_id, error)
 
@@ -190,7 +190,7 @@ class _Peer:
         if self.sinks.pop(sink.transfer_id, None) is not None:
             sink.failed(cause)
 
-    async def send(self, message: protocol.Message) -> None:
+    async def send(self, message: messages.Message) -> None:
         connection = await asyncio.shield(self._connection)
         await connection.send(message)
 
@@ -211,19 +211,19 @@ class _Peer:
             while True:
                 message = await connection.receive()
                 self._heard = time.monotonic()
-                if isinstance(message, protocol.Frame):
+                if isinstance(message, messages.Frame):
                     await self._receive_frame(connection, message)
-                elif isinstance(message, protocol.Tables):
+                elif isinstance(message, messages.Tables):
                     await self._receive_tables(connection, message)
-                elif isinstance(message, protocol.NoTables):
+                elif isinstance(message, messages.NoTables):
                     self._wanted.gone(message.digest)
                     self._without_tables(connection, message.digest, message.cause)
-                elif isinstance(message, protocol.Failure):
+                elif isinstance(message, messages.Failure):
                     if sink := self.sinks.get(message.transfer_id):
                         self.fail(sink, f"{self._name}: {message.cause}")
-                elif isinstance(message, protocol.Prefilled):
+                elif isinstance(message, messages.Prefilled):
                     self._prefilled(message)
-                elif not isinstance(message, protocol.Prefilling):
+                elif not isinstance(message, messages.Prefilling):
                     raise ProtocolError(f"unexpected {type(message).__name__}")
         except (LynxError, ConnectionError) as error:
             cause = str(error)
@@ -240,7 +240,7 @@ class _Peer:
             if connection is not None:
                 await connection.close()
 
-    async def _receive_frame(self, connection: Connection, frame: protocol.Frame) -> None:
+    async def _receive_frame(self, connection: Connection, frame: messages.Frame) -> None:
         sink = self.sinks.get(frame.transfer_id)
         buffer = None
         if sink is not None:
@@ -256,7 +256,7 @@ class _Peer:
             "frame_received",
             None,
             frame.transfer_id,
-            tier=protocol.tier_name(frame.tier),
+            tier=messages.tier_name(frame.tier),
             bytes=frame.num_bytes,
             tokens_done=frame.first_token + frame.num_tokens,
             wanted=wanted,
@@ -268,7 +268,7 @@ class _Peer:
             self._give_up(
                 connection,
                 sink,
-                f"{self._name}: corrupt {protocol.tier_name(frame.tier)} frame at token "
+                f"{self._name}: corrupt {messages.tier_name(frame.tier)} frame at token "
                 f"{frame.first_token} (checksum differs)",
             )
             return
@@ -282,7 +282,7 @@ class _Peer:
         elif complete:
             self.sinks.pop(frame.transfer_id, None)
 
-    def _prefilled(self, message: protocol.Prefilled) -> None:
+    def _prefilled(self, message: messages.Prefilled) -> None:
         sink = self.sinks.get(message.transfer_id)
         if sink is None:
             return  # complete, and decoding without it, or cancelled
@@ -291,7 +291,7 @@ class _Peer:
         else:
             sink.prefilled(message.first_token)
 
-    async def _receive_tables(self, connection: Connection, header: protocol.Tables) -> None:
+    async def _receive_tables(self, connection: Connection, header: messages.Tables) -> None:
         buffer = self._wanted.buffer(header)
         await connection.receive_payload(header, buffer)
         task = asyncio.ensure_future(self._keep_tables(connection, header, buffer))
@@ -299,7 +299,7 @@ class _Peer:
         task.add_done_callback(self._keeping.discard)
 
     async def _keep_tables(
-        self, connection: Connection, header: protocol.Tables, buffer: np.ndarray
+        self, connection: Connection, header: messages.Tables, buffer: np.ndarray
     ) -> None:
         try:
             again, cause = await self._wanted.arrived(header, buffer)
@@ -330,7 +330,7 @@ class _Peer:
 
     def _give_up(self, connection: Connection, sink: Sink, cause: str) -> None:
         self.fail(sink, cause)
-        release = protocol.Release(sink.transfer_id, cause[: protocol.MAX_CAUSE])
+        release = messages.Release(sink.transfer_id, cause[: messages.MAX_CAUSE])
         task = asyncio.ensure_future(connection.send(release))
         task.add_done_callback(lambda done: done.cancelled() or done.exception())
 

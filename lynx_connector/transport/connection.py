@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from lynx_connector import protocol
 from lynx_connector.errors import ProtocolError
+from lynx_connector.wire import messages
 
 CLOSE_NANOSECONDS = 2 * 10**9
 
@@ -29,19 +29,19 @@ class Connection:
     def __init__(self, endpoint: Any, peer: str):
         self._endpoint = endpoint
         self.peer = peer
-        self._slot = np.empty(protocol.SLOT_BYTES, np.uint8)
+        self._slot = np.empty(messages.SLOT_BYTES, np.uint8)
 
-    async def send(self, message: protocol.Message, payload: np.ndarray | None = None) -> None:
+    async def send(self, message: messages.Message, payload: np.ndarray | None = None) -> None:
         """Send one message; returns when UCX has taken (or delivered) the bytes.
 
         Raises:
             ConnectionError: if the peer is gone.
         """
         parts = (
-            [protocol.encode(message)]
+            [messages.encode(message)]
             if payload is None
             else [
-                protocol.encode(message),
+                messages.encode(message),
                 payload,
             ]
         )
@@ -54,12 +54,12 @@ class Connection:
         except Exception as error:
             raise ConnectionError(f"connection to {self.peer} lost: {error}") from None
 
-    def post(self, message: protocol.Message) -> None:
+    def post(self, message: messages.Message) -> None:
         """Send without waiting; that the peer is gone is for the reader to find out."""
         send = asyncio.ensure_future(self.send(message))
         send.add_done_callback(lambda done: done.cancelled() or done.exception())
 
-    async def receive(self) -> protocol.AnyMessage:
+    async def receive(self) -> messages.AnyMessage:
         """The next control message.
 
         Raises:
@@ -67,9 +67,9 @@ class Connection:
             ProtocolError: if it is not a valid message.
         """
         await self._receive_into(self._slot)
-        return protocol.decode(self._slot.data)
+        return messages.decode(self._slot.data)
 
-    async def receive_payload(self, header: protocol.Payload, buffer: np.ndarray) -> None:
+    async def receive_payload(self, header: messages.Payload, buffer: np.ndarray) -> None:
         """Receive the payload announced by `header` straight into `buffer` (uint8, exact size)."""
         if buffer.nbytes != header.num_bytes:
             raise ProtocolError(

@@ -12,13 +12,14 @@ import secrets
 from dataclasses import dataclass
 from typing import TypeVar
 
-from lynx_connector import __version__, protocol
+from lynx_connector import __version__
 from lynx_connector.errors import AuthenticationError, ProtocolError
 from lynx_connector.transport.connection import Connection
+from lynx_connector.wire import messages
 
 HANDSHAKE_SECONDS = 10.0
 
-M = TypeVar("M", bound=protocol.Message)
+M = TypeVar("M", bound=messages.Message)
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,10 @@ def _check(secret: bytes | None, proof: bytes, expected: bytes) -> None:
 
 
 def _check_peer(version: int, release: str, compat: str, own: Identity) -> None:
-    if version != protocol.PROTOCOL_VERSION:
+    if version != messages.PROTOCOL_VERSION:
         raise ProtocolError(
             f"peer speaks protocol {version} (lynx-connector {release}), this side "
-            f"{protocol.PROTOCOL_VERSION} ({__version__}): install the same version"
+            f"{messages.PROTOCOL_VERSION} ({__version__}): install the same version"
         )
     if compat != own.compat:
         raise ProtocolError(
@@ -61,7 +62,7 @@ def _check_peer(version: int, release: str, compat: str, own: Identity) -> None:
         )
 
 
-async def greet(connection: Connection, own: Identity) -> protocol.Welcome:
+async def greet(connection: Connection, own: Identity) -> messages.Welcome:
     """The consumer's half.
 
     Raises:
@@ -72,20 +73,20 @@ async def greet(connection: Connection, own: Identity) -> protocol.Welcome:
     async with asyncio.timeout(HANDSHAKE_SECONDS):
         nonce = secrets.token_bytes(32)
         await connection.send(
-            protocol.Hello(protocol.PROTOCOL_VERSION, __version__, own.compat, own.peer, nonce)
+            messages.Hello(messages.PROTOCOL_VERSION, __version__, own.compat, own.peer, nonce)
         )
-        welcome = _expect(await connection.receive(), protocol.Welcome)
+        welcome = _expect(await connection.receive(), messages.Welcome)
         _check_peer(welcome.version, welcome.release, welcome.compat, own)
         compat = own.compat.encode()
         expected = _proof(own.secret, b"producer", nonce, welcome.nonce, compat)
         _check(own.secret, welcome.proof, expected)
         proof = _proof(own.secret, b"consumer", welcome.nonce, nonce, compat)
-        await connection.send(protocol.Proof(proof))
-        _expect(await connection.receive(), protocol.Ready)
+        await connection.send(messages.Proof(proof))
+        _expect(await connection.receive(), messages.Ready)
         return welcome
 
 
-async def welcome(connection: Connection, own: Identity, tables: str = "") -> protocol.Hello:
+async def welcome(connection: Connection, own: Identity, tables: str = "") -> messages.Hello:
     """The producer's half; a peer that fails it is told why. `tables` is announced.
 
     Raises:
@@ -93,14 +94,14 @@ async def welcome(connection: Connection, own: Identity, tables: str = "") -> pr
     """
     async with asyncio.timeout(HANDSHAKE_SECONDS):
         try:
-            hello = _expect(await connection.receive(), protocol.Hello)
+            hello = _expect(await connection.receive(), messages.Hello)
             _check_peer(hello.version, hello.release, hello.compat, own)
             nonce = secrets.token_bytes(32)
             compat = own.compat.encode()
             proof = _proof(own.secret, b"producer", hello.nonce, nonce, compat)
             await connection.send(
-                protocol.Welcome(
-                    protocol.PROTOCOL_VERSION,
+                messages.Welcome(
+                    messages.PROTOCOL_VERSION,
                     __version__,
                     own.compat,
                     own.peer,
@@ -109,18 +110,18 @@ async def welcome(connection: Connection, own: Identity, tables: str = "") -> pr
                     tables,
                 )
             )
-            answer = _expect(await connection.receive(), protocol.Proof)
+            answer = _expect(await connection.receive(), messages.Proof)
             expected = _proof(own.secret, b"consumer", nonce, hello.nonce, compat)
             _check(own.secret, answer.proof, expected)
-            await connection.send(protocol.Ready())
+            await connection.send(messages.Ready())
             return hello
         except ProtocolError as error:
-            await connection.send(protocol.Refused(str(error)[: protocol.MAX_CAUSE]))
+            await connection.send(messages.Refused(str(error)[: messages.MAX_CAUSE]))
             raise
 
 
-def _expect(message: protocol.AnyMessage, kind: type[M]) -> M:
-    if isinstance(message, protocol.Refused):
+def _expect(message: messages.AnyMessage, kind: type[M]) -> M:
+    if isinstance(message, messages.Refused):
         raise ProtocolError(f"peer refused: {message.cause}")
     if not isinstance(message, kind):
         raise ProtocolError(f"expected {kind.__name__}, got {type(message).__name__}")

@@ -14,12 +14,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lynx_connector import protocol
 from lynx_connector.transport.connection import Connection
 from lynx_connector.transport.order import SendOrder
 from lynx_connector.transport.pacing import RateLimiter
 from lynx_connector.transport.rate import RateMeter
 from lynx_connector.transport.window import OVERDUE_SECONDS, Flight, Window
+from lynx_connector.wire import messages
 
 logger = logging.getLogger("vllm.lynx.server")
 
@@ -27,7 +27,7 @@ logger = logging.getLogger("vllm.lynx.server")
 class Outgoing(NamedTuple):
     """A header and the payload (uint8) that follows it."""
 
-    header: protocol.Payload
+    header: messages.Payload
     payload: np.ndarray
 
 

@@ -5,16 +5,16 @@ import asyncio
 import logging
 from typing import Protocol
 
-from lynx_connector import protocol
 from lynx_connector.errors import ProtocolError, TransferError
-from lynx_connector.events import EventLog
-from lynx_connector.producer.outbound import TierStream
-from lynx_connector.producer.staging import StagedTransfer, StagingStore
+from lynx_connector.telemetry.events import EventLog
+from lynx_connector.tiers.outbound import TierStream
+from lynx_connector.tiers.staging import StagedTransfer, StagingStore
 from lynx_connector.transport.connection import Connection
 from lynx_connector.transport.handshake import Identity, welcome
 from lynx_connector.transport.rate import RateMeter
 from lynx_connector.transport.sender import LinkSender
 from lynx_connector.transport.sources import TablesFinder, TablesSource, TierSource
+from lynx_connector.wire import messages
 
 logger = logging.getLogger("vllm.lynx.server")
 
@@ -135,11 +135,11 @@ class _Session:
         try:
             while True:
                 message = await self._connection.receive()
-                if isinstance(message, protocol.Fetch):
+                if isinstance(message, messages.Fetch):
                     await self._fetch(message)
-                elif isinstance(message, protocol.Release):
+                elif isinstance(message, messages.Release):
                     self._release(message)
-                elif isinstance(message, protocol.TablesRequest):
+                elif isinstance(message, messages.TablesRequest):
                     self._want_tables(message)
                 else:
                     raise ProtocolError(f"unexpected {type(message).__name__}")
@@ -150,7 +150,7 @@ class _Session:
         finally:
             self._server._sender.forget(self._connection)
 
-    async def _fetch(self, fetch: protocol.Fetch) -> None:
+    async def _fetch(self, fetch: messages.Fetch) -> None:
         server = self._server
         try:
             transfer = server._store.lookup(fetch.transfer_id)
@@ -173,7 +173,7 @@ class _Session:
                 peer=self._connection.peer,
                 cause=str(error),
             )
-            await self._connection.send(protocol.Failure(fetch.transfer_id, str(error)))
+            await self._connection.send(messages.Failure(fetch.transfer_id, str(error)))
             return
         transfer.touch()
         server.step_ms = fetch.step_ms or server.step_ms
@@ -195,7 +195,7 @@ class _Session:
                 server._sender.add(source)
         self.send_outcomes()
 
-    def _want_tables(self, request: protocol.TablesRequest) -> None:
+    def _want_tables(self, request: messages.TablesRequest) -> None:
         sender = self._server._sender
         queued = [s for s in sender.sources(self._connection) if isinstance(s, TablesSource)]
         if any(source.key == request.digest for source in queued):
@@ -205,7 +205,7 @@ class _Session:
         tables, events = self._server._tables, self._server._events
         sender.add(TablesSource(tables, events, self._connection, sender.number(), request.digest))
 
-    def _release(self, release: protocol.Release) -> None:
+    def _release(self, release: messages.Release) -> None:
         self._prefilling.pop(release.transfer_id, None)
         self._server._sender.cancel(self._connection, release.transfer_id)
         self._server._store.release(release.transfer_id, release.cause)
@@ -233,4 +233,4 @@ class _Session:
                 source.transfer.touch()
                 waits |= source.transfer.encoded < source.transfer.num_tokens
         if waits:
-            self._connection.post(protocol.Prefilling())
+            self._connection.post(messages.Prefilling())

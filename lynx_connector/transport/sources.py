@@ -6,14 +6,13 @@ from typing import Protocol
 
 import numpy as np
 
-from lynx_connector import protocol
-from lynx_connector.codec import KltTables
 from lynx_connector.errors import TransferError
-from lynx_connector.events import EventLog
-from lynx_connector.producer.outbound import TierStream
-from lynx_connector.producer.staging import StagedTransfer, StagingStore
+from lynx_connector.telemetry.events import EventLog
+from lynx_connector.tiers.outbound import TierStream
+from lynx_connector.tiers.staging import StagedTransfer, StagingStore
 from lynx_connector.transport.connection import Connection, checksum
 from lynx_connector.transport.sender import FrameSource, LinkSender, Outgoing
+from lynx_connector.wire import messages
 
 logger = logging.getLogger("vllm.lynx.server")
 
@@ -62,7 +61,7 @@ class TierSource(FrameSource):
             return None
         out = self._stream.take(max_bytes)
         self.transfer.touch()
-        header = protocol.Frame(
+        header = messages.Frame(
             self.key,
             int(self._stream.tier),
             out.codec,
@@ -84,7 +83,7 @@ class TierSource(FrameSource):
         try:
             self._store.lookup(self.key)
         except TransferError as error:
-            self.connection.post(protocol.Failure(self.key, str(error)))
+            self.connection.post(messages.Failure(self.key, str(error)))
 
     def waited(self, out: Outgoing) -> float:
         """As `FrameSource.waited`."""
@@ -105,7 +104,7 @@ class TierSource(FrameSource):
 
     @staticmethod
     def _end_of(out: Outgoing) -> int:
-        assert isinstance(out.header, protocol.Frame)
+        assert isinstance(out.header, messages.Frame)
         return out.header.first_token + out.header.num_tokens
 
     def delivered(self) -> None:
@@ -119,10 +118,16 @@ class TierSource(FrameSource):
         )
 
 
+class LearnedTables(Protocol):
+    """Tables that can travel."""
+
+    def to_bytes(self) -> bytes: ...
+
+
 class TablesFinder(Protocol):
     """Where tables are."""
 
-    def find(self, digest: str) -> KltTables | None:
+    def find(self, digest: str) -> LearnedTables | None:
         """Tables that a consumer asks for."""
 
 
@@ -162,7 +167,7 @@ class TablesSource(FrameSource):
         payload = np.frombuffer(bytearray(tables.to_bytes()), np.uint8)
         peer, size = self.connection.peer, payload.nbytes
         self._events("tables_sent", None, digest=self.key, bytes=size, peer=peer)
-        return Outgoing(protocol.Tables(self.key, size, checksum(payload)), payload)
+        return Outgoing(messages.Tables(self.key, size, checksum(payload)), payload)
 
     def failed(self) -> None:
         """As `FrameSource.failed`."""
@@ -170,7 +175,7 @@ class TablesSource(FrameSource):
 
     def _tell(self, cause: str) -> None:
         logger.warning("lynx: consumer %s: tables %s: %s", self.connection.peer, self.key, cause)
-        self.connection.post(protocol.NoTables(self.key, cause))
+        self.connection.post(messages.NoTables(self.key, cause))
 
     def waited(self, out: Outgoing) -> float:
         """Tables are not encoded: they can go when they are asked for."""

@@ -9,9 +9,9 @@ from typing import Protocol
 
 import numpy as np
 
-from lynx_connector import protocol
 from lynx_connector.errors import LynxError, ProtocolError
 from lynx_connector.transport.connection import checksum
+from lynx_connector.wire import messages
 
 logger = logging.getLogger("vllm.lynx.client")
 
@@ -52,7 +52,7 @@ class WantedTables:
         """Whether the answer to a request for `digest` is still to come."""
         return digest in self._open
 
-    async def request(self, digest: str) -> protocol.TablesRequest | None:
+    async def request(self, digest: str) -> messages.TablesRequest | None:
         """The message to send for `digest`; None if it is here or asked for."""
         if digest in self._open:
             return None
@@ -61,9 +61,9 @@ class WantedTables:
         if await asyncio.to_thread(self._sink.known, digest):
             del self._open[digest]
             return None
-        return protocol.TablesRequest(digest)
+        return messages.TablesRequest(digest)
 
-    def buffer(self, header: protocol.Tables) -> np.ndarray:
+    def buffer(self, header: messages.Tables) -> np.ndarray:
         """Memory for the payload, which is on its way whether it is acceptable or not.
 
         Raises:
@@ -77,8 +77,8 @@ class WantedTables:
         return np.empty(header.num_bytes, np.uint8)
 
     async def arrived(
-        self, header: protocol.Tables, data: np.ndarray
-    ) -> tuple[protocol.TablesRequest | None, str | None]:
+        self, header: messages.Tables, data: np.ndarray
+    ) -> tuple[messages.TablesRequest | None, str | None]:
         """Hand tables over: (None, None), or what to send again, or why they are given up.
 
         May take seconds: what else comes over the connection must not wait for it.
@@ -104,7 +104,7 @@ class WantedTables:
                 request.requests += 1
                 request.answered = False
                 request.since = time.monotonic()
-                return protocol.TablesRequest(header.digest), None
+                return messages.TablesRequest(header.digest), None
             del self._open[header.digest]
             return None, f"refused: {error}"
         except Exception:

@@ -9,9 +9,9 @@ cannot load; a second one, started where a test needs it, fails such requests.
 
 import pytest
 
-from lynx_connector.demo.cluster import Cluster, Side, free_port
-from lynx_connector.demo.link import loopback
-from lynx_connector.demo.model import ensure_model
+from lynx_connector.testbed.cluster import Cluster, Side, free_port
+from lynx_connector.testbed.link import loopback
+from lynx_connector.testbed.model import ensure_model
 
 from .pair import DecodeOnly, Pair, transfer_flag
 

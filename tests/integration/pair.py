@@ -11,8 +11,8 @@ from typing import Any
 import httpx
 import psutil
 
-from lynx_connector.demo.cluster import Cluster, Side
-from lynx_connector.launch import Role
+from lynx_connector.testbed.cluster import Cluster, Side
+from lynx_connector.testbed.launch import Role
 
 TIMEOUT = 120.0
 PREFILL_LEG = {

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from lynx_connector.codec import KVGeometry, get_codec
-from lynx_connector.events import EventLog
-from lynx_connector.producer.staging import StagedTransfer, StagingStore
-from lynx_connector.transfer import TierBuffers, plan_pieces
+from lynx_connector.telemetry.events import EventLog
+from lynx_connector.tiers.pieces import TierBuffers, plan_pieces
+from lynx_connector.tiers.staging import StagedTransfer, StagingStore
 from lynx_connector.transport.handshake import Identity
 from lynx_connector.transport.loop import TransportLoop
 from lynx_connector.transport.server import TierServer

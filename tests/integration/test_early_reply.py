@@ -12,9 +12,9 @@ import time
 import httpx
 import pytest
 
-from lynx_connector.demo.cluster import Cluster, Side, free_port, router_process
-from lynx_connector.demo.link import loopback
-from lynx_connector.launch import Role
+from lynx_connector.testbed.cluster import Cluster, Side, free_port, router_process
+from lynx_connector.testbed.launch import Role
+from lynx_connector.testbed.link import loopback
 
 from .conftest import LINK_MBIT, PREFILL_CHUNK
 from .pair import post, prompt, tokens

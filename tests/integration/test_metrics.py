@@ -7,11 +7,11 @@ import time
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-from lynx_connector.metrics import CATALOGUE, CONSUMER, PRODUCER, TIERS, Kind
 from lynx_connector.plan import KVShape, Setting
 from lynx_connector.plan.modes import mode_of
-from lynx_connector.protocol import PROTOCOL_VERSION
-from lynx_connector.trace import read_events, to_chrome
+from lynx_connector.telemetry.metrics import CATALOGUE, CONSUMER, PRODUCER, TIERS, Kind
+from lynx_connector.telemetry.trace import read_events, to_chrome
+from lynx_connector.wire.messages import PROTOCOL_VERSION
 
 from .pair import post, prompt, tokens
 

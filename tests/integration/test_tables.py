@@ -7,8 +7,8 @@ Each test has servers of its own, with empty folders of tables.
 import contextlib
 import json
 
-from lynx_connector.demo.cluster import Cluster, Side
-from lynx_connector.demo.link import loopback
+from lynx_connector.testbed.cluster import Cluster, Side
+from lynx_connector.testbed.link import loopback
 
 from .pair import DecodeOnly, Pair, prompt, tokens, transfer_flag
 

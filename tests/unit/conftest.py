@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from lynx_kernels.paged import PagedKVCache, PageIndex
+from lynx_kernels.shared.paged import PagedKVCache, PageIndex
 
 LAYOUTS = ("cpu_vec", "flash", "flash_token_major", "layers_interleaved")
 

@@ -16,11 +16,11 @@ from lynx_connector.bench.e2e.cells import Cell
 from lynx_connector.bench.e2e.modes import Mode
 from lynx_connector.bench.e2e.rows import OUTPUT_TOKENS, Row, make_row
 from lynx_connector.bench.e2e.servers import Fleet, cpu_seconds
-from lynx_connector.demo.client import RequestError, stream_completion
-from lynx_connector.demo.cluster import forget_prefixes
-from lynx_connector.demo.link import Link, carried_bytes
-from lynx_connector.demo.process import ServerProcess
-from lynx_connector.demo.trace import EventTail, Trace
+from lynx_connector.testbed.client import RequestError, stream_completion
+from lynx_connector.testbed.cluster import forget_prefixes
+from lynx_connector.testbed.link import Link, carried_bytes
+from lynx_connector.testbed.process import ServerProcess
+from lynx_connector.testbed.trace import EventTail, Trace
 
 _PREFILL_LEG = {
     "do_remote_decode": True,

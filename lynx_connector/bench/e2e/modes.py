@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lynx_connector.bench.errors import BenchError
-from lynx_connector.launch import Role
+from lynx_connector.testbed.launch import Role
 
 LYNX, NIXL = "LynxConnector", "NixlConnector"
 _BLOCKING = {"vllm_xargs": {"lynx_start": "blocking"}}

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from lynx_connector.bench.errors import BenchError
-from lynx_connector.demo.prompt import INSTRUCTION, QUESTION, project_text
+from lynx_connector.testbed.prompt import INSTRUCTION, QUESTION, project_text
 
 _MARK = "\u2603"
 

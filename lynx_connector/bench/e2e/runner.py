@@ -24,10 +24,9 @@ from lynx_connector.bench.e2e.prompts import Prompts
 from lynx_connector.bench.e2e.rows import OUTPUT_TOKENS, Row, cell_of, summary
 from lynx_connector.bench.e2e.servers import Fleet, ServerOptions
 from lynx_connector.bench.errors import BenchError
-from lynx_connector.demo.link import Link, loopback, open_link, set_rate
-from lynx_connector.demo.model import ensure_model
-from lynx_connector.demo.report import kv_elements_per_token
-from lynx_connector.launch import is_cpu_build
+from lynx_connector.testbed.launch import is_cpu_build
+from lynx_connector.testbed.link import Link, loopback, open_link, set_rate
+from lynx_connector.testbed.model import ensure_model, kv_elements_per_token
 
 _START_SECONDS_PER_SERVER = 90.0
 _WARM_UP_TOKENS = 600

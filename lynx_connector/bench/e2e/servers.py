@@ -17,10 +17,10 @@ from typing import Self
 import psutil
 
 from lynx_connector.bench.e2e.modes import Mode, ServerSpec, server_specs
-from lynx_connector.demo.cluster import cores_of, free_port, site_environment
-from lynx_connector.demo.link import Link
-from lynx_connector.demo.process import ServerError, ServerProcess
-from lynx_connector.launch import Role, console_script, serve_command
+from lynx_connector.testbed.cluster import cores_of, free_port, site_environment
+from lynx_connector.testbed.launch import Role, console_script, serve_command
+from lynx_connector.testbed.link import Link
+from lynx_connector.testbed.process import ServerError, ServerProcess
 
 #: What a server takes beside weights and KV cache: three processes' worth of Python and vLLM.
 _BASE_BYTES = int(1.7 * 2**30)

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from lynx_kernels.paged import PagedKVCache, PageIndex
+from lynx_kernels.shared.paged import PagedKVCache, PageIndex
 from numpy.typing import NDArray
 
 from lynx_connector.codec import KVGeometry
-from lynx_connector.codec.base import DTYPES
+from lynx_connector.codec.types import DTYPES
 
 NUM_LAYERS, NUM_KV_HEADS = 16, 8
 """Of every measured cache: large enough that one chunk does not fit a CPU's or GPU's cache."""

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from lynx_kernels.paged import PagedKVCache
+from lynx_kernels.shared.paged import PagedKVCache
 
 from lynx_connector.bench.errors import BenchError
 from lynx_connector.bench.kernels.caches import Workload

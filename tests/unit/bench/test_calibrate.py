@@ -15,7 +15,7 @@ from lynx_connector.bench.calibration import resolve_dtype
 from lynx_connector.cli import app
 from lynx_connector.codec import KVGeometry
 from lynx_connector.codec.table_store import TableStore
-from lynx_connector.identity import compatibility_hash
+from lynx_connector.wire.identity import compatibility_hash
 
 
 @pytest.fixture

@@ -31,8 +31,8 @@ from lynx_connector.bench.e2e.servers import Fleet, ServerOptions
 from lynx_connector.bench.errors import BenchError
 from lynx_connector.cli import app, run_bench_e2e
 from lynx_connector.config import LynxConfig
-from lynx_connector.demo.link import loopback
-from lynx_connector.demo.trace import Trace
+from lynx_connector.testbed.link import loopback
+from lynx_connector.testbed.trace import Trace
 from tests.unit.bench.e2e_rows import SAMPLE, row
 
 KEYS = [

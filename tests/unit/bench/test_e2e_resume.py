@@ -13,7 +13,7 @@ from lynx_connector.bench.e2e.report_file import ReportFile
 from lynx_connector.bench.e2e.rows import to_report
 from lynx_connector.bench.e2e.servers import Fleet
 from lynx_connector.bench.errors import BenchError
-from lynx_connector.demo.link import loopback
+from lynx_connector.testbed.link import loopback
 from tests.unit.bench.e2e_rows import SAMPLE, row
 
 

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from lynx_connector.cli import app, checks, run_demo, run_serve
 from lynx_connector.cli.checks import Check, Status
-from lynx_connector.demo.process import ServerError
+from lynx_connector.testbed.process import ServerError
 
 PROBES = ("packages", "imports", "device", "memory", "ucx", "ports", "network_tools")
 

@@ -8,12 +8,12 @@ import functools
 import numpy as np
 import pytest
 import torch
-from lynx_kernels.paged import PagedKVCache, PageIndex
-from lynx_kernels.rotation import Rotation
+from lynx_kernels.shared.paged import PagedKVCache, PageIndex
+from lynx_kernels.shared.rotation import Rotation
 
 from lynx_connector.codec import CODECS, Codec, CodecError, KltTables, KVGeometry, Tier, get_codec
-from lynx_connector.codec.base import DTYPES
 from lynx_connector.codec.klt_learner import TableLearner
+from lynx_connector.codec.types import DTYPES
 
 # Mean squared error over mean square on Gaussian vectors, by number of tiers decoded.
 VNMSE_BOUND = {

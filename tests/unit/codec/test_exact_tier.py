@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lynx_kernels import exact_cpu
-from lynx_kernels.exact_code import NO_ERROR
+from lynx_kernels.exact import cpu as exact_cpu
+from lynx_kernels.shared.error_steps import NO_ERROR
 
 from lynx_connector.codec import CodecError, KVGeometry, Tier, get_codec
-from lynx_connector.codec.base import DTYPES
 from lynx_connector.codec.exact import ExactTier
+from lynx_connector.codec.types import DTYPES
 
 SLOTS = np.arange(16)
 

@@ -6,14 +6,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from lynx_kernels.paged import PagedKVCache, PageIndex
-from lynx_kernels.rotation import NO_ROTATION
+from lynx_kernels.shared.paged import PagedKVCache, PageIndex
+from lynx_kernels.shared.rotation import NO_ROTATION
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers import rotary_embedding
 
-from lynx_connector import compat
 from lynx_connector.codec import KltCodec, KVGeometry, Tier
 from lynx_connector.codec.klt_learner import TableLearner
+from lynx_connector.engine import compat
 
 D, HEADS, TOKENS, BLOCK = 64, 2, 1536, 16
 

@@ -4,8 +4,8 @@
 import numpy as np
 import pytest
 import torch
-from lynx_kernels.paged import PagedKVCache, PageIndex
-from lynx_kernels.rotation import NO_ROTATION, Rotation
+from lynx_kernels.shared.paged import PagedKVCache, PageIndex
+from lynx_kernels.shared.rotation import NO_ROTATION, Rotation
 
 from lynx_connector.codec import KltCodec, KVGeometry, Tier
 from lynx_connector.codec.klt_learner import TableLearner

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from lynx_kernels import anchor_code as tables
+from lynx_kernels.shared import anchor_code as tables
 
 
 @pytest.mark.parametrize("head_dim", sorted(tables._HALF_TABLES))

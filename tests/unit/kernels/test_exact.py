@@ -7,18 +7,18 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lynx_kernels import exact, exact_cpu
-from lynx_kernels.exact_code import (
+from lynx_kernels.exact import cpu as exact_cpu
+from lynx_kernels.exact import reference as exact
+from lynx_kernels.exact.code import (
     BIAS,
     MANTISSA,
-    NO_ERROR,
     SLOTS,
     WIDTH,
-    error_steps,
     exact_code,
     lanes_of,
     plans,
 )
+from lynx_kernels.shared.error_steps import NO_ERROR, error_steps
 
 KINDS = [0, 1, 2]  # bfloat16, float16, float32
 HEADER = 8

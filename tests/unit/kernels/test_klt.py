@@ -14,12 +14,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lynx_kernels import klt
-from lynx_kernels.rotation import NO_ROTATION, Rotation, fit_rotation
+from lynx_kernels.klt import reference as klt
+from lynx_kernels.shared.rotation import NO_ROTATION, Rotation, fit_rotation
 
 from lynx_connector.codec import KVGeometry, Tier, get_codec
-from lynx_connector.codec.base import DTYPES
 from lynx_connector.codec.klt_learner import TableLearner
+from lynx_connector.codec.types import DTYPES
 
 SHAPES = [(64, 16, 3), (80, 16, 1), (96, 128, 3), (128, 16, 1), (192, 32, 2), (256, 16, 1)]
 BITS = [3, 4, 5]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from lynx_connector.codec import CODECS, KVGeometry, get_codec
-from lynx_connector.codec.base import DTYPES
+from lynx_connector.codec.types import DTYPES
 
 WITH_KERNELS = [name for name in CODECS if name != "klt"]  # see test_klt.py
 SHAPES = [(64, 16, 3), (80, 16, 1), (96, 128, 3), (128, 16, 1), (192, 32, 2), (256, 16, 1)]

@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from lynx_kernels.paged import PagedKVCache, PageIndex
+from lynx_kernels.shared.paged import PagedKVCache, PageIndex
 
 
 def flash_values(cache: torch.Tensor, slots: np.ndarray) -> torch.Tensor:

@@ -24,9 +24,10 @@ import torch
 pytest.importorskip("triton")
 
 import triton
-from lynx_kernels import exact_triton, tile_triton
-from lynx_kernels.exact_code import lanes_of
-from lynx_kernels.tile_cpu import KIND
+from lynx_kernels.exact import gpu as exact_gpu
+from lynx_kernels.exact.code import lanes_of
+from lynx_kernels.shared import tiles_gpu as tiles_gpu
+from lynx_kernels.shared.tiles_cpu import KIND
 from triton.backends import backends
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -37,11 +38,11 @@ from tests.unit.kernels.triton_exact_cases import EXACT_CASES
 
 HERE = Path(__file__).parent
 MODULES = {
-    "klt": "klt_triton",
-    "hadamard": "hadamard_triton",
-    "bf16": "raw_triton",
-    "int8": "uniform_triton",
-    "int4": "uniform_triton",
+    "klt": "klt_gpu",
+    "hadamard": "hadamard_gpu",
+    "bf16": "raw_gpu",
+    "int8": "uniform_gpu",
+    "int4": "uniform_gpu",
 }
 ALL_CASES = CASES | EXACT_CASES
 HOPPER = GPUTarget("cuda", 90, 32)
@@ -99,7 +100,7 @@ def _compile(kernel: Any, arguments: dict[str, Any]) -> Any:
         else:
             signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
     source = ASTSource(kernel, signature, constants, attributes)
-    options = {name: value for name, value in arguments.items() if name in tile_triton.OPTIONS}
+    options = {name: value for name, value in arguments.items() if name in tiles_gpu.OPTIONS}
     return triton.compile(source, target=HOPPER, options=options)
 
 
@@ -161,19 +162,19 @@ def test_compiled_exact_coder_is_integer_arithmetic_in_registers(
 ) -> None:
     """No float: nothing is rounded otherwise. Lanes of a warp: nothing waits for shared memory."""
     kernels = ("_encode", "_pack", "_decode")
-    launches = {name: _Launch(getattr(exact_triton, name)) for name in kernels}
+    launches = {name: _Launch(getattr(exact_gpu, name)) for name in kernels}
     for name, launch in launches.items():
-        monkeypatch.setattr(exact_triton, name, launch)
+        monkeypatch.setattr(exact_gpu, name, launch)
     kind, word = KIND[getattr(torch, dtype)], torch.uint32 if dtype == "float32" else torch.uint16
     values = torch.zeros((8, vectors * head_dim), dtype=word)
     spread = torch.zeros((8, vectors), dtype=torch.int16)
     tilt = torch.zeros((vectors, head_dim), dtype=torch.int16)
     assert lanes_of(vectors * head_dim) == lanes
-    exact_triton.encode(values, values, spread, tilt, kind, 8)
+    exact_gpu.encode(values, values, spread, tilt, kind, 8)
     lengths = np.full(8, 8 + 4 * lanes, np.uint32)
     data = torch.zeros(int(lengths.sum()), dtype=torch.uint8)
     with pytest.raises(ValueError, match="last element"):  # nothing was decoded
-        exact_triton.decode(data, lengths, values, spread, tilt, kind, 8)
+        exact_gpu.decode(data, lengths, values, spread, tilt, kind, 8)
     for launch in launches.values():
         (arguments,) = launch.launches
         code = _compile(launch.kernel, arguments)

@@ -13,13 +13,13 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from lynx_kernels.paged import PagedKVCache
-from lynx_kernels.rotation import Rotation
+from lynx_kernels.shared.paged import PagedKVCache
+from lynx_kernels.shared.rotation import Rotation
 
 from lynx_connector.codec import Codec, KltTables, KVGeometry, get_codec
 from lynx_connector.codec import device as device_path
-from lynx_connector.codec.base import DTYPES
 from lynx_connector.codec.klt_learner import TableLearner
+from lynx_connector.codec.types import DTYPES
 from tests.unit.conftest import build_cache
 
 CODECS = ("klt", "hadamard", "bf16", "int8", "int4")

@@ -13,16 +13,19 @@ from unittest import mock
 
 import numpy as np
 import torch
-from lynx_kernels import exact, exact_cpu, exact_triton
-from lynx_kernels.exact_code import NO_ERROR, WIDTH
-from lynx_kernels.tile_cpu import KIND
+from lynx_kernels.exact import cpu as exact_cpu
+from lynx_kernels.exact import gpu as exact_gpu
+from lynx_kernels.exact import reference as exact
+from lynx_kernels.exact.code import WIDTH
+from lynx_kernels.shared.error_steps import NO_ERROR
+from lynx_kernels.shared.tiles_cpu import KIND
 from triton.runtime.interpreter import InterpreterBuilder
 
 from lynx_connector.bench.kernels import caches, ops
 from lynx_connector.codec import CodecError, Tier
-from lynx_connector.codec.base import DTYPES
 from lynx_connector.codec.exact import ExactTier
 from lynx_connector.codec.exact_device import DeviceCoder
+from lynx_connector.codec.types import DTYPES
 from tests.unit.conftest import build_cache
 from tests.unit.kernels.triton_cases import codec_of, on, poisoned
 
@@ -36,8 +39,8 @@ def lanes(count: int, device: str) -> Iterator[None]:
     with (
         mock.patch.object(exact, "lanes_of", lambda elements: count),
         mock.patch.object(exact_cpu, "lanes_of", lambda elements: count),
-        mock.patch.object(exact_triton, "lanes_of", lambda elements: count),
-        mock.patch.object(exact_triton, "_WARP", 32 if device == "cuda" else 1024),
+        mock.patch.object(exact_gpu, "lanes_of", lambda elements: count),
+        mock.patch.object(exact_gpu, "_WARP", 32 if device == "cuda" else 1024),
     ):
         yield
 
@@ -100,7 +103,7 @@ class Sample:
 
     def encode(self) -> tuple[np.ndarray, np.ndarray]:
         arrays = (self.true, self.coarse, self.spread, self.tilt)
-        data, lengths = exact_triton.encode(*map(self.on_device, arrays), self.kind, HEADER)
+        data, lengths = exact_gpu.encode(*map(self.on_device, arrays), self.kind, HEADER)
         return data.cpu().numpy(), lengths.cpu().numpy().astype(np.uint32)
 
     def decode(self, data: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -109,7 +112,7 @@ class Sample:
         there = around[GUARD : GUARD + len(data)]
         there.copy_(torch.from_numpy(data))
         with loads_only_inside(there):
-            true = exact_triton.decode(there, lengths, *arrays, self.kind, HEADER)
+            true = exact_gpu.decode(there, lengths, *arrays, self.kind, HEADER)
         return true.cpu().numpy()
 
     def decode_on_cpu(self, data: np.ndarray, lengths: np.ndarray) -> np.ndarray:

@@ -6,19 +6,19 @@ import time
 import numpy as np
 import pytest
 import torch
-from lynx_kernels.paged import PagedKVCache, PageIndex
+from lynx_kernels.shared.paged import PagedKVCache, PageIndex
 
 from lynx_connector.codec import KVGeometry, Tier, get_codec
 from lynx_connector.consumer.budget import Reservation, StagingBudget
 from lynx_connector.consumer.inbound import InboundTransfer
-from lynx_connector.events import EventLog
-from lynx_connector.metadata import LoadRequest
-from lynx_connector.producer.staging import StagedTransfer, StagingStore
-from lynx_connector.protocol import Prefilled
-from lynx_connector.transfer import TierBuffers, TokenRange, plan_pieces
+from lynx_connector.engine.metadata import LoadRequest
+from lynx_connector.telemetry.events import EventLog
+from lynx_connector.tiers.pieces import TierBuffers, TokenRange, plan_pieces
+from lynx_connector.tiers.staging import StagedTransfer, StagingStore
 from lynx_connector.transport.client import TierClient
 from lynx_connector.transport.handshake import Identity
 from lynx_connector.transport.server import TierServer
+from lynx_connector.wire.messages import Prefilled
 
 GEOMETRY = KVGeometry(2, 2, 64, "float32")
 TOKENS = 100
@@ -268,8 +268,8 @@ def test_corrupt_frame_is_caught(pair, monkeypatch):
     ],
 )
 def test_frames_that_do_not_fit_are_refused(pair, change):
-    from lynx_connector import protocol
     from lynx_connector.errors import TransferError
+    from lynx_connector.wire import messages
 
     buffers = TierBuffers(pair.pieces())
     buffers.allocate()
@@ -284,9 +284,9 @@ def test_frames_that_do_not_fit_are_refused(pair, change):
         "num_bytes": pair.exact.bytes_per_token(Tier.ANCHOR),
         "checksum": 0,
     }
-    assert inbound.buffer(protocol.Frame(**good)).nbytes == good["num_bytes"]
+    assert inbound.buffer(messages.Frame(**good)).nbytes == good["num_bytes"]
     with pytest.raises(TransferError):
-        inbound.buffer(protocol.Frame(**good | change))
+        inbound.buffer(messages.Frame(**good | change))
 
 
 def test_decoded_cache_equals_a_local_round_trip(pair):

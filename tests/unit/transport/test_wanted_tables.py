@@ -6,10 +6,10 @@ import asyncio
 import numpy as np
 import pytest
 
-from lynx_connector import protocol
 from lynx_connector.errors import ProtocolError
 from lynx_connector.transport.connection import checksum
 from lynx_connector.transport.tables import WantedTables
+from lynx_connector.wire import messages
 
 DIGEST = "d" * 32
 DATA = np.arange(8, dtype=np.uint8)
@@ -32,12 +32,12 @@ class Sink:
 
 
 def header(check):
-    return protocol.Tables(DIGEST, DATA.nbytes, check)
+    return messages.Tables(DIGEST, DATA.nbytes, check)
 
 
 async def asked(sink):
     wanted = WantedTables("peer", sink)
-    assert await wanted.request(DIGEST) == protocol.TablesRequest(DIGEST)
+    assert await wanted.request(DIGEST) == messages.TablesRequest(DIGEST)
     return wanted
 
 
@@ -60,7 +60,7 @@ def test_an_unusable_answer_is_asked_for_once_more_and_may_come():
         wanted = await asked(Sink())
         wanted.buffer(header(0))
         again, cause = await wanted.arrived(header(0), DATA)
-        assert (again, cause) == (protocol.TablesRequest(DIGEST), None)
+        assert (again, cause) == (messages.TablesRequest(DIGEST), None)
         wanted.buffer(header(checksum(DATA)))
         assert await wanted.arrived(header(checksum(DATA)), DATA) == (None, None)
 

@@ -122,7 +122,7 @@ def test_exact_tier_that_does_not_fit_its_checksum_fails_the_transfer(
 
 
 def test_exact_tier_larger_than_estimated_finds_no_room(producer, consumer, monkeypatch):
-    monkeypatch.setattr("lynx_connector.transfer.EXACT_ESTIMATE_BITS", {"float32": 1})
+    monkeypatch.setattr("lynx_connector.tiers.pieces.EXACT_ESTIMATE_BITS", {"float32": 1})
     one, other = producer(), consumer()
     plan = one.plan(final_tier="exact")
     one.prefill("warm", TOKENS, plan)
@@ -136,7 +136,7 @@ def test_exact_tier_larger_than_estimated_finds_no_room(producer, consumer, monk
 
 
 def test_consumer_without_room_for_the_exact_tier(producer, consumer, monkeypatch):
-    monkeypatch.setattr("lynx_connector.transfer.EXACT_ESTIMATE_BITS", {"float32": 1})
+    monkeypatch.setattr("lynx_connector.tiers.pieces.EXACT_ESTIMATE_BITS", {"float32": 1})
     one, other = producer(), consumer()
     plan = one.plan(final_tier="exact")
     one.prefill("r", TOKENS, plan, chunk=300)

@@ -4,11 +4,11 @@
 import numpy as np
 import pytest
 import torch
-from lynx_kernels.rotation import NO_ROTATION
+from lynx_kernels.shared.rotation import NO_ROTATION
 
-from lynx_connector.events import SILENT
 from lynx_connector.producer.learning import FIRST_TABLES_TOKENS, OnlineLearning
 from lynx_connector.producer.queries import QuerySample
+from lynx_connector.telemetry.events import SILENT
 
 from .worker_pair import COMPAT, geometry, learned, noise_cache
 
@@ -120,7 +120,7 @@ def test_prompts_teach_the_worker_and_the_scheduler_half_hears_of_it(producer):
 
 
 def test_seen_tokens_and_exact_ones_teach_nothing(producer, monkeypatch):
-    from lynx_connector.metadata import EncodeChunk, LynxMetadata
+    from lynx_connector.engine.metadata import EncodeChunk, LynxMetadata
 
     one = producer(learn_tokens=4096)
     seen = []

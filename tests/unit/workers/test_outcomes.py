@@ -3,7 +3,7 @@
 
 import pytest
 
-from lynx_connector.metadata import LynxMetadata, PrefillOutcome
+from lynx_connector.engine.metadata import LynxMetadata, PrefillOutcome
 
 from .worker_pair import until
 

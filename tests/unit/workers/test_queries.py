@@ -2,9 +2,9 @@
 """Which queries are kept of a step, and that they are told apart and turned back rightly."""
 
 import torch
-from lynx_kernels.rotation import Rotation
+from lynx_kernels.shared.rotation import Rotation
 
-from lynx_connector.metadata import EncodeChunk, EncodePlan
+from lynx_connector.engine.metadata import EncodeChunk, EncodePlan
 from lynx_connector.producer.queries import MAX_SAMPLES, QuerySampler
 
 LAYERS, HEADS, D, BLOCK = 2, 4, 16, 16

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lynx_connector.codec import Tier
 from lynx_connector.codec.table_store import store_tables
-from lynx_connector.metadata import EncodePlan
+from lynx_connector.engine.metadata import EncodePlan
 from lynx_connector.producer.reuse import BlockKey, EncodedBlock, EncodedBlocks
 from lynx_connector.producer.worker import ENCODE_TOKENS
 

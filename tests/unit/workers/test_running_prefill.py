@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from lynx_connector.metadata import EncodeChunk, LynxMetadata, PrefillOutcome
+from lynx_connector.engine.metadata import EncodeChunk, LynxMetadata, PrefillOutcome
 
 from .worker_pair import BLOCK, Consumer, Producer, until, values
 

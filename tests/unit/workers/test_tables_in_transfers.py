@@ -7,11 +7,11 @@ import threading
 import numpy as np
 import pytest
 import torch
-from lynx_kernels import klt_cpu
+from lynx_kernels.klt import cpu as klt_cpu
 
 from lynx_connector.codec import CodecError, get_codec
+from lynx_connector.codec.cache import CodecCache
 from lynx_connector.codec.table_store import TableStore, store_tables
-from lynx_connector.codec_cache import CodecCache
 from lynx_connector.consumer.tables import ConsumerTables
 from lynx_connector.transport import sources
 

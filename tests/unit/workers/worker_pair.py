@@ -9,18 +9,18 @@ import time
 
 import numpy as np
 import torch
-from lynx_kernels.paged import PagedKVCache, PageIndex
-from lynx_kernels.rotation import NO_ROTATION
+from lynx_kernels.shared.paged import PagedKVCache, PageIndex
+from lynx_kernels.shared.rotation import NO_ROTATION
 
 from lynx_connector.codec import KVGeometry
 from lynx_connector.codec.klt_learner import TableLearner
 from lynx_connector.config import LynxConfig
 from lynx_connector.consumer.worker import ConsumerWorker
-from lynx_connector.events import EventLog
-from lynx_connector.metadata import EncodeChunk, EncodePlan, LoadRequest, LynxMetadata
+from lynx_connector.engine.metadata import EncodeChunk, EncodePlan, LoadRequest, LynxMetadata
+from lynx_connector.engine.worker_context import WorkerContext
 from lynx_connector.producer.worker import ProducerWorker
+from lynx_connector.telemetry.events import EventLog
 from lynx_connector.transport.handshake import Identity
-from lynx_connector.worker_context import WorkerContext
 
 BLOCK = 16
 COMPAT = "0123456789abcdef" * 2

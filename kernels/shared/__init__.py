@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What several kernels use: paged caches, tiles, rotations, codes."""

@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the two worker halves of one process share."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from lynx_kernels.shared.paged import PagedKVCache
+from lynx_kernels.shared.rotation import Rotation
+
+from lynx_connector.codec import KVGeometry
+from lynx_connector.config import LynxConfig
+from lynx_connector.telemetry.events import EventLog
+from lynx_connector.transport.handshake import Identity
+from lynx_connector.transport.loop import TransportLoop
+
+
+@dataclass(frozen=True)
+class WorkerContext:
+    """One worker's configuration, identity, cache and transport."""
+
+    config: LynxConfig
+    identity: Identity
+    rank: int
+    """Tensor parallel rank; fetches from the producer's worker of the same rank."""
+    tensor_parallel_size: int
+    geometry: KVGeometry
+    rotation: Rotation
+    """What the codec klt rotates K back by; NO_ROTATION where it is not known."""
+    cache: PagedKVCache
+    block_size: int
+    """vLLM's block size in tokens."""
+    loop: TransportLoop
+    events: EventLog
+    tap_queries: Callable[[Callable[[int, Any, Any], None]], Callable[[], None]] | None = None
+    """Shows attention's queries, as `QuerySampler` wants; None where nothing can."""

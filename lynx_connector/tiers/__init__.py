@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A transfer's bytes, whoever sends or receives them."""

@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Encoded tiers in bounded host memory, from a prefill's first chunk to the consumer's release."""
+
+import threading
+import time
+
+from lynx_connector.codec import KltTables
+from lynx_connector.errors import TransferError
+from lynx_connector.telemetry.events import EventLog
+from lynx_connector.tiers.pieces import TierBuffers
+from lynx_connector.wire.messages import Prefilled
+
+
+class StagedTransfer:
+    """One request's tiers. Rows of tokens below `encoded`, which grows with the prefill, are
+    final."""
+
+    def __init__(
+        self,
+        transfer_id: str,
+        request_id: str,
+        num_tokens: int,
+        buffers: TierBuffers,
+        tables: KltTables | None = None,
+    ):
+        self.transfer_id = transfer_id
+        self.request_id = request_id
+        self.num_tokens = num_tokens
+        self.buffers = buffers
+        self.tables = tables
+        """What its codec was learned from; held until no consumer can ask for them any more."""
+        self.num_bytes = buffers.num_bytes
+        self.encoded = 0
+        self.ready_since: list[tuple[int, float]] = []
+        """(tokens encoded, time.monotonic() then), for how long frames wait to be sent."""
+        self.dropped = False
+        self.outcome: Prefilled | None = None
+        """How its prefill ended, where the router had its reply before."""
+        self._touched = time.monotonic()
+
+    def advance(self, encoded: int) -> None:
+        """Rows of tokens below `encoded` are final."""
+        self.ready_since.append((encoded, time.monotonic()))
+        self.encoded = encoded
+
+    def encoded_at(self, tokens: int) -> float:
+        """When the first `tokens` tokens were encoded (time.monotonic())."""
+        return next((at for encoded, at in self.ready_since if encoded >= tokens), 0.0)
+
+    def touch(self) -> None:
+        """Contact with a consumer: the lease starts anew."""
+        self._touched = time.monotonic()
+
+    def expired(self, lease_seconds: float, now: float) -> bool:
+        """Whether a complete transfer has had no contact for the lease."""
+        return self.encoded == self.num_tokens and now - self._touched > lease_seconds
+
+
+class StagingStore:
+    """All transfers of this worker, within `limit_bytes`. Thread-safe.
+
+    A transfer that found no room, or that ended, leaves its cause behind for a while, so that a
+    consumer that asks for it learns why.
+    """
+
+    MAX_CAUSES = 1024
+
+    def __init__(self, limit_bytes: int, lease_seconds: float, events: EventLog):
+        self._limit = limit_bytes
+        self._lease = lease_seconds
+        self._events = events
+        self._lock = threading.Lock()
+        self._transfers: dict[str, StagedTransfer] = {}
+        self._causes: dict[str, str] = {}
+        self._unwanted: set[str] = set()
+        self.used_bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._transfers)
+
+    def open(self, transfer: StagedTransfer) -> bool:
+        """Take memory for a transfer; False (and a cause for the consumer) if there is no room."""
+        with self._lock:
+            if self.used_bytes + transfer.num_bytes > self._limit:
+                self._refuse(transfer, self._full(transfer.num_bytes))
+                return False
+            self.used_bytes += transfer.num_bytes
+            self._transfers[transfer.transfer_id] = transfer
+        transfer.buffers.allocate()
+        return True
+
+    def refuse(self, transfer: StagedTransfer, cause: str) -> None:
+        """Remember why a transfer cannot be staged at all."""
+        with self._lock:
+            self._refuse(transfer, cause)
+
+    def _refuse(self, transfer: StagedTransfer, cause: str) -> None:
+        self._remember(transfer.transfer_id, cause)
+        transfer.dropped = True
+        self._events("refused", transfer.request_id, transfer.transfer_id, cause=cause)
+
+    def settle(self, outcome: Prefilled) -> None:
+        """The prefill of a transfer that was answered early has ended; a failed one is dropped."""
+        with self._lock:
+            transfer = self._transfers.get(outcome.transfer_id)
+            if transfer is not None:
+                transfer.outcome = outcome
+            elif outcome.cause and outcome.transfer_id not in self._causes:
+                self._remember(outcome.transfer_id, outcome.cause)
+        if outcome.cause:
+            self.drop(outcome.transfer_id, outcome.cause)
+
+    def resize(self, transfer: StagedTransfer) -> bool:
+        """Count what was encoded instead of what was estimated; False, and the transfer is
+        dropped with its cause, if there is no room."""
+        num_bytes = transfer.buffers.num_bytes
+        with self._lock:
+            if transfer.dropped:
+                return False
+            growth = num_bytes - transfer.num_bytes
+            if growth <= 0 or self.used_bytes + growth <= self._limit:
+                self.used_bytes += growth
+                transfer.num_bytes = num_bytes
+                return True
+            cause = self._full(growth)
+        self.drop(transfer.transfer_id, cause)
+        return False
+
+    def find_tables(self, digest: str) -> KltTables | None:
+        """Tables that an open transfer was encoded with."""
+        with self._lock:
+            found = (t.tables for t in self._transfers.values() if t.tables is not None)
+            return next((tables for tables in found if tables.digest == digest), None)
+
+    def _full(self, needed: int) -> str:
+        return (
+            f"prefill's staging is full: {needed} bytes needed, "
+            f"{self.used_bytes} of {self._limit} in use (staging_bytes)"
+        )
+
+    def lookup(self, transfer_id: str) -> StagedTransfer:
+        """The transfer, if it is still here.
+
+        Raises:
+            TransferError: with the reason why it is not.
+        """
+        with self._lock:
+            transfer = self._transfers.get(transfer_id)
+            if transfer is None:
+                raise TransferError(self._causes.get(transfer_id, "unknown transfer"))
+            return transfer
+
+    def drop(self, transfer_id: str, cause: str) -> StagedTransfer | None:
+        """Forget a transfer and give its memory back; None if it was not here."""
+        with self._lock:
+            transfer = self._transfers.pop(transfer_id, None)
+            if transfer is None:
+                return None
+            transfer.dropped = True
+            self.used_bytes -= transfer.num_bytes
+            left = self.used_bytes
+            self._remember(transfer_id, f"transfer was released: {cause}")
+        self._events(
+            "released",
+            transfer.request_id,
+            transfer_id,
+            cause=cause,
+            bytes=transfer.num_bytes,
+            staging_bytes=left,
+        )
+        return transfer
+
+    def release(self, transfer_id: str, cause: str) -> None:
+        """The consumer needs a transfer no more; its prefill may still run."""
+        transfer = self.drop(transfer_id, cause)
+        if transfer is not None and transfer.encoded < transfer.num_tokens:
+            with self._lock:
+                self._unwanted.add(transfer.request_id)
+
+    def take_unwanted(self) -> set[str]:
+        """Requests whose transfer was released before it was whole, since the last call."""
+        with self._lock:
+            unwanted, self._unwanted = self._unwanted, set()
+        return unwanted
+
+    def expire(self) -> list[StagedTransfer]:
+        """Drop every complete transfer whose lease has run out, and return them."""
+        now = time.monotonic()
+        with self._lock:
+            late = [t for t in self._transfers.values() if t.expired(self._lease, now)]
+        cause = f"no consumer within lease_seconds={self._lease:g}"
+        return [transfer for t in late if (transfer := self.drop(t.transfer_id, cause))]
+
+    def _remember(self, transfer_id: str, cause: str) -> None:
+        self._causes[transfer_id] = cause
+        while len(self._causes) > self.MAX_CAUSES:
+            del self._causes[next(iter(self._causes))]

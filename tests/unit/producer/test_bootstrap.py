@@ -1,0 +1,265 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mooncake's handoff over real HTTP, between the two scheduler halves."""
+
+import http.server
+import threading
+import time
+
+import httpx
+import pytest
+
+from lynx_connector.config import LynxConfig
+from lynx_connector.consumer.bootstrap import BootstrapClient
+from lynx_connector.consumer.scheduler import ConsumerScheduler
+from lynx_connector.engine.metadata import LynxMetadata
+from lynx_connector.errors import ConfigError, TransferError
+from lynx_connector.plan.planner import Planner
+from lynx_connector.producer.bootstrap import MAX_REMEMBERED, BootstrapServer
+from lynx_connector.producer.scheduler import ProducerScheduler
+from lynx_connector.wire.handoff import MooncakeLeg
+from tests.unit.objects import (
+    BLOCK,
+    NO_EVENTS,
+    SHAPE,
+    Status,
+    admit,
+    blocks,
+    ended,
+    filled,
+    request,
+    step,
+)
+
+WAIT = 0.5
+
+
+@pytest.fixture
+def server():
+    server = BootstrapServer(0, "engine")
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def client():
+    client = BootstrapClient(WAIT)
+    yield client
+    client.stop()
+
+
+@pytest.fixture
+def producer(server):
+    config = LynxConfig(codec="hadamard")
+    planner = Planner(False, SHAPE, "gpu")
+    half = ProducerScheduler(
+        config, "engine", "10.0.0.1", 1, BLOCK, NO_EVENTS, planner, bootstrap=server
+    )
+    half.set_workers([7600], [""])
+    return half
+
+
+@pytest.fixture
+def consumer():
+    config = LynxConfig(transfer_timeout_seconds=WAIT)
+    half = ConsumerScheduler(config, True, False, True, 1, BLOCK, NO_EVENTS, 1000)
+    yield half
+    half.stop()
+
+
+def prefill_leg(name="x"):
+    return {"do_remote_decode": True, "do_remote_prefill": False, "transfer_id": name}
+
+
+def decode_leg(server, name="x", engine="engine"):
+    return {
+        "do_remote_decode": False,
+        "do_remote_prefill": True,
+        "transfer_id": name,
+        "remote_engine_id": engine,
+        "remote_bootstrap_addr": f"http://127.0.0.1:{server.port}",
+    }
+
+
+def start(half, name="x", request_id="p"):
+    one = request(request_id, params=prefill_leg(name))
+    half.add(one)
+    filled(half, step(new=[(request_id, range(4), 0, 50)]))
+    return one
+
+
+def settled(half, one, seconds=30.0):
+    """Ask as vLLM's scheduler does, step after step."""
+    deadline = time.monotonic() + seconds
+    while (answer := half.match(one, 0)) == (None, False):
+        assert time.monotonic() < deadline, "not settled"
+        time.sleep(0.01)
+    return answer
+
+
+def cause_of(half, name="r"):
+    return half._decodes[name].failure
+
+
+def test_query_has_mooncakes_shape(server, producer):
+    reply = httpx.get(f"http://127.0.0.1:{server.port}/query", trust_env=False).json()
+    assert reply == {"0": {"engine_id": "engine", "worker_addr": {"0": {"0": "10.0.0.1:7600"}}}}
+
+
+@pytest.mark.parametrize("first", ["prefill", "decode"])
+def test_legs_meet_in_any_order(server, producer, consumer, first):
+    one = request(params=decode_leg(server))
+    prefill = start(producer) if first == "prefill" else None
+    consumer.add(one)
+    assert consumer.match(one, 0) == (None, False)
+    time.sleep(0.05)
+    prefill = prefill or start(producer)
+    time.sleep(2 * WAIT)  # a prefill leg that has come may wait for its turn without a limit
+    assert consumer.match(one, 0) == (None, False)
+    reply = producer.reply_early(prefill)
+    assert settled(consumer, one) == (100, True)
+    consumer.allocated(one, blocks(7), 100)
+    metadata = LynxMetadata()
+    consumer.fill(metadata, {})
+    (load,) = metadata.loads
+    assert load.transfer_id == reply["remote_request_id"]
+    assert (load.host, load.ports, load.codec) == ("10.0.0.1", [7600], "hadamard")
+
+
+def test_late_reply_is_published_at_its_end(server, producer, consumer):
+    one = request(params=decode_leg(server))
+    consumer.add(one)
+    ended(producer, start(producer))
+    assert settled(consumer, one) == (100, True)
+
+
+def test_decode_leg_without_a_prefill_leg(server, consumer):
+    one = request(params=decode_leg(server))
+    began = time.monotonic()
+    consumer.add(one)
+    assert settled(consumer, one) == (0, False)
+    assert WAIT <= time.monotonic() - began < WAIT + 20
+    assert "no prefill leg with transfer_id 'x'" in cause_of(consumer)
+
+
+def test_prefill_that_failed(server, producer, consumer):
+    one = request(params=decode_leg(server))
+    consumer.add(one)
+    ended(producer, start(producer), Status.FINISHED_ABORTED)
+    assert settled(consumer, one) == (0, False)
+    assert "FINISHED_ABORTED" in cause_of(consumer)
+
+
+def test_transfer_id_of_two_prefill_legs(server, producer, consumer):
+    """The second leg ends with an error, and its decode leg does not get the first one's KV."""
+    producer.reply_early(start(producer, request_id="first"))
+    start(producer, request_id="second")
+    assert producer.take_refused() == ["second"]
+    assert producer.num_prefills == 1
+    other = request(params=decode_leg(server))
+    other.prompt_token_ids = [9] * 100
+    consumer.add(other)
+    assert settled(consumer, other) == (0, False)
+    assert "another prompt" in cause_of(consumer)
+
+
+def test_transfer_id_of_two_decode_legs(server, producer, consumer):
+    first, second = (request(n, params=decode_leg(server)) for n in "ab")
+    consumer.add(first)
+    consumer.add(second)
+    assert consumer.match(second, 0) == (0, False)
+    assert "already used by request a" in cause_of(consumer, "b")
+
+
+@pytest.mark.parametrize("name", ["", 5, "x" * 129])
+def test_transfer_ids_that_are_none(producer, name):
+    one = request("p", params=prefill_leg(name))
+    producer.add(one)
+    assert producer.take_refused() == ["p"]
+
+
+def test_engine_that_is_not_the_routers(server, producer, consumer):
+    producer.reply_early(start(producer))
+    one = request(params=decode_leg(server, engine="other"))
+    consumer.add(one)
+    assert settled(consumer, one) == (0, False)
+    assert "wants 'other'" in cause_of(consumer)
+
+
+def test_request_that_ends_while_its_handoff_is_unknown_gives_the_transfer_back(
+    server, producer, consumer
+):
+    one = request(params=decode_leg(server))
+    consumer.add(one)
+    consumer.finish(one)
+    assert consumer.has_orphans
+    reply = producer.reply_early(start(producer))
+    deadline = time.monotonic() + 30
+    releases = []
+    while consumer.has_orphans and time.monotonic() < deadline:
+        metadata = LynxMetadata()
+        consumer.fill(metadata, {})
+        releases += metadata.releases
+    assert [release.transfer_id for release in releases] == [reply["remote_request_id"]]
+
+
+def test_full_local_hit_does_not_wait(server, producer, consumer):
+    one = request(params=decode_leg(server))
+    consumer.add(one)
+    assert admit(consumer, one, local=99)[0] == 0
+    assert consumer.has_orphans
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "cause"),
+    [
+        (200, b"<html>", "malformed answer"),
+        (200, b'{"state": "soon"}', "malformed answer"),
+        (200, b'{"state": "ready"}', "is engine None"),
+        (200, b" " * (1 << 17), "too long"),
+        (404, b"{}", "HTTP status 404"),
+    ],
+)
+def test_bootstrap_that_answers_nonsense(client, status, body, cause):
+    class Nonsense(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args):
+            pass
+
+    rogue = http.server.HTTPServer(("127.0.0.1", 0), Nonsense)
+    threading.Thread(target=rogue.serve_forever, daemon=True).start()
+    try:
+        address = f"http://127.0.0.1:{rogue.server_port}"
+        with pytest.raises(TransferError, match=cause) as error:
+            client.resolve(MooncakeLeg("x", "engine", address)).result(30)
+        assert address in str(error.value)
+    finally:
+        rogue.shutdown()
+        rogue.server_close()
+
+
+def test_nobody_listens(client):
+    with pytest.raises(TransferError, match=r"127\.0\.0\.1:9"):
+        client.resolve(MooncakeLeg("x", "engine", "http://127.0.0.1:9")).result(30)
+
+
+@pytest.mark.parametrize("address", ["ftp://a", "http://a/b", "127.0.0.1:9", 5])
+def test_malformed_bootstrap_address(server, consumer, address):
+    one = request(params=decode_leg(server) | {"remote_bootstrap_addr": address})
+    consumer.add(one)
+    assert settled(consumer, one) == (0, False)
+    assert "remote_bootstrap_addr" in cause_of(consumer)
+
+
+def test_port_in_use_is_named(server):
+    with pytest.raises(ConfigError, match=f"bootstrap_port = {server.port}"):
+        BootstrapServer(server.port, "engine")
+
+
+def test_what_is_remembered_is_bounded(server):
+    for i in range(MAX_REMEMBERED + 10):
+        assert server.expect(str(i))
+    assert len(server._answers) == MAX_REMEMBERED
