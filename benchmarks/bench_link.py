@@ -61,7 +61,7 @@ def produce(frame_bytes: int, mbit: float) -> None:
             for rows in piece.rows.values():
                 rows[:] = 1
         shared[tokens] = buffers
-        transfer.encoded = tokens
+        store.advance(transfer, tokens)
     server = TierServer(store, IDENTITY, NO_EVENTS, frame_bytes, mbit)
     loop.run(server.start(0))
     print(server.port, flush=True)

@@ -314,11 +314,11 @@ class ProducerWorker:
                     if transfer.dropped:
                         return
                     blocks += self._chunks.encode(piece, tokens, job.slots_of(tokens), job.chunk)
-            if not self._store.resize(transfer):
-                self._log_full(transfer)
+            ended = transfer.dropped
+            if not self._store.advance(transfer, part.end):
+                if not ended:
+                    self._log_full(transfer)
                 return
-            transfer.touch()
-            transfer.advance(part.end)
             self._loop.post(self._server.notify)
         self._events(
             "chunk_encoded",

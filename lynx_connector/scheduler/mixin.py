@@ -19,6 +19,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
+from lynx_connector.lifecycle.request import RequestEvent, RequestState
 from lynx_connector.scheduler import grammar, hooks, startup
 from lynx_connector.scheduler.early_reply import EarlyReplyMixin
 from lynx_connector.scheduler.states import Drafting, PauseReason, Verifying, VerifyPath
@@ -86,6 +87,8 @@ class SpeculativeStartMixin(_Base):
         for request_id in self._port.take_started():
             if request_id in self.requests:
                 self._start_drafting(self.requests[request_id])
+        for request_id in self._drafting.keys() & output.num_scheduled_tokens.keys():
+            self._in_step(self._drafting[request_id])
         hooks.restore(self, output, self._restoring)
         if not self.use_v2_model_runner:
             hooks.file_outputs(self, output, self._filed)
@@ -111,6 +114,12 @@ class SpeculativeStartMixin(_Base):
             may_draft=grammar.can_draft(request, self.structured_output_manager),
         )
 
+    @staticmethod
+    def _in_step(drafting: Drafting) -> None:
+        """Once in a step, a request has its anchor: vLLM schedules no load that has not landed."""
+        if drafting.life.state in (RequestState.WAITING, RequestState.FAILED):
+            drafting.life.on(RequestEvent.ANCHOR)
+
     def _bounds(self, request: Request) -> dict[str, int]:
         return {
             "draft_limit": self._port.draft_limit_of(request.request_id),
@@ -125,16 +134,24 @@ class SpeculativeStartMixin(_Base):
             # vLLM recomputes a failed load; of a lossy one it must not keep a valid beginning.
             self._report_failure(request.request_id, "the anchor did not arrive")
             request.num_computed_tokens = 0
-            del self._drafting[request.request_id]
+            drafting.fail("the anchor did not arrive")
+            self._leave(request, RequestEvent.RECOMPUTE)
         elif drafting.failure is not None:
             self._fall_back(request, drafting)
         elif drafting.refined and not running:
-            del self._drafting[request.request_id]  # nothing drafted: an ordinary request
+            self._leave(request, RequestEvent.REFINE)  # nothing drafted
         elif drafting.refined:
             self._start_verifying(request, drafting)
         elif running and drafting.paused is None and not hooks.has_room(self, request):
             drafting.pause(PauseReason.NO_ROOM)
             self._pause(request, drafting)
+
+    def _leave(self, request: Request, event: RequestEvent) -> Drafting | None:
+        """Forget a request that waits or drafts; what it was, if it did."""
+        drafting = self._drafting.pop(request.request_id, None)
+        if drafting is not None:
+            drafting.life.on(event)
+        return drafting
 
     def _start_verifying(self, request: Request, drafting: Drafting) -> None:
         request_id = request.request_id
@@ -142,13 +159,14 @@ class SpeculativeStartMixin(_Base):
         hooks.freeze(request)
         if path is VerifyPath.REWIND and request.num_in_flight_tokens:
             return  # or the runner would feed the draft in flight instead of the prompt's end
-        del self._drafting[request_id]
+        self._leave(request, RequestEvent.REFINE)
         self._take_back(request, drafting)
         hooks.freeze(request)
         self._port.event("verify_started", request_id, drafts=len(drafting.drafts), how=str(path))
         if path is VerifyPath.REWIND:
             request.num_computed_tokens = request.num_tokens - 1
-            self._verified(request, Verifying(path, drafting.drafts, 0, time.monotonic()))
+            rewound = Verifying(path, drafting.drafts, 0, time.monotonic(), life=drafting.life)
+            self._verified(request, rewound)
         else:
             self._verifier.start(request, path, drafting)
 
@@ -183,7 +201,7 @@ class SpeculativeStartMixin(_Base):
         for request_id, cause in self._port.take_failed():
             if request_id in self._drafting:
                 drafting = self._drafting[request_id]
-                drafting.failure = cause
+                drafting.fail(cause)
                 self._report_failure(request_id, cause)
                 self._fall_back(self.requests[request_id], drafting)
         return outputs
@@ -250,6 +268,7 @@ class SpeculativeStartMixin(_Base):
 
     def _verified(self, request: Request, state: Verifying) -> None:
         request_id = request.request_id
+        state.life.on(RequestEvent.VERIFIED)
         if not self._runner_restores:
             self._restoring.add(request_id)
         ms = (time.monotonic() - state.started) * 1e3
@@ -290,7 +309,7 @@ class SpeculativeStartMixin(_Base):
         elif request.status == RequestStatus.WAITING_FOR_REMOTE_KVS:
             hooks.recompute_failed_load(self, request)
             self._port.cancel(request.request_id)
-            del self._drafting[request.request_id]
+            self._leave(request, RequestEvent.RECOMPUTE)
 
     def _preempt_request(
         self, request: Request, timestamp: float, drop_stale_output: bool = False
@@ -302,13 +321,14 @@ class SpeculativeStartMixin(_Base):
     def _abandon(self, request: Request) -> bool:
         """Forget a preempted request's drafts: it is recomputed locally. True if there were any."""
         request_id = request.request_id
-        drafting = self._drafting.pop(request_id, None)
+        drafting = self._leave(request, RequestEvent.PREEMPT)
         verifying = self._verifier.drop(request_id)
         if drafting is not None:
             self._take_back(request, drafting)
             self._port.cancel(request_id)
             self._port.event("preempted", request_id, state="drafting", drafts=len(drafting.drafts))
         elif verifying is not None:
+            verifying.life.on(RequestEvent.PREEMPT)
             self._port.event(
                 "preempted", request_id, state="verifying", drafts=len(verifying.drafts)
             )
@@ -316,8 +336,9 @@ class SpeculativeStartMixin(_Base):
 
     def _free_request(self, request: Request, delay_free_blocks: bool = False) -> Any:
         if self._speculates:
-            self._drafting.pop(request.request_id, None)
-            self._verifier.drop(request.request_id)
+            self._leave(request, RequestEvent.END)
+            if (verifying := self._verifier.drop(request.request_id)) is not None:
+                verifying.life.on(RequestEvent.END)
             self._restoring.discard(request.request_id)
             self._filed.pop(request.request_id, None)
             if request.request_id in self._handed_over:

@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The life of one lossy request in the scheduler, without vLLM and without torch.
+"""What one lossy request needs to remember in the scheduler, without vLLM and without torch.
 
-    waiting for the anchor -> Drafting (possibly paused) -> Verifying -> ordinary
+`lifecycle/request.py` says what it goes through. `Drafting` holds it until its cache is refined,
+`Verifying` until its drafts are checked; a request without either is an ordinary one.
 
-`Drafting` and `Verifying` hold what the scheduler must remember in between; a request without
-either is an ordinary one. Token positions: P tokens are confirmed, the prompt and with it the first
-output token where the prefill has handed one over. Row i of a verification reads the token at
-position P - 1 + i (the last confirmed token, then draft 1, draft 2, ...) and samples s_i, the
-genuine token for position P + i.
+Token positions: P tokens are confirmed, the prompt and with it the first output token where the
+prefill has handed one over. Row i of a verification reads the token at position P - 1 + i (the last
+confirmed token, then draft 1, draft 2, ...) and samples s_i, the genuine token for position P + i.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
+
+from lynx_connector.lifecycle.machine import Life
+from lynx_connector.lifecycle.request import RequestEvent, RequestState, request_life
 
 
 class PauseReason(StrEnum):
@@ -74,6 +76,7 @@ class Drafting:
     failure: str | None = None
     grammar_steps: int = 0  # tokens by which the request's grammar is ahead of its output
     confirmed: int = 0  # output tokens before the drafts that are already emitted
+    life: Life[RequestState, RequestEvent] = field(default_factory=request_life)
 
     @classmethod
     def start(
@@ -97,8 +100,7 @@ class Drafting:
 
     def confirm(self, *, draft_limit: int, max_tokens: int, context_left: int) -> None:
         """One output token was emitted before any draft; arguments as in `start`, now."""
-        if self.drafts:
-            raise RuntimeError("a request that has drafted is confirmed by verification only")
+        self.life.on(RequestEvent.CONFIRM)
         self.confirmed += 1
         self._bound(draft_limit, max_tokens, context_left, self.limit_reason != PauseReason.GRAMMAR)
 
@@ -115,20 +117,25 @@ class Drafting:
 
     def append(self, token: int) -> PauseReason | None:
         """Record one decoded token; returns the reason when drafting must pause now."""
-        if self.paused is not None:
-            raise RuntimeError("a paused request cannot draft")
+        self.life.on(RequestEvent.DRAFT)
         if self.limit:
             self.drafts.append(token)
         if self.limit and token in self.terminal:
-            self.paused = PauseReason.EOS
+            self.pause(PauseReason.EOS)
         elif len(self.drafts) >= self.limit:
-            self.paused = self.limit_reason
+            self.pause(self.limit_reason)
         return self.paused
 
     def pause(self, reason: PauseReason) -> None:
         """Stop drafting for a cause outside of the drafts themselves."""
         if self.paused is None:
+            self.life.on(RequestEvent.PAUSE)
             self.paused = reason
+
+    def fail(self, cause: str) -> None:
+        """The rest of the KV will not come."""
+        self.life.on(RequestEvent.FAIL)
+        self.failure = cause
 
     @property
     def rows(self) -> int:
@@ -153,6 +160,9 @@ class Verifying:
     emitted: list[int] = field(default_factory=list)
     in_flight: tuple[str, ...] = ()  # shadow ids, in row order; one_pass has one for all rows
     steps: int = 0
+    life: Life[RequestState, RequestEvent] = field(
+        default_factory=lambda: request_life(RequestState.VERIFYING)
+    )
 
     def shorten(self, inputs: int) -> None:
         """Verify no further than rows that read `inputs` drafts (no KV slots for more)."""

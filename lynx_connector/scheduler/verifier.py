@@ -61,7 +61,9 @@ class Verifier:
 
     def start(self, request: Request, path: VerifyPath, drafting: Drafting) -> None:
         """Take over a request that is frozen at the end of its confirmed tokens."""
-        state = Verifying(path, drafting.drafts, drafting.rows, started=time.monotonic())
+        state = Verifying(
+            path, drafting.drafts, drafting.rows, started=time.monotonic(), life=drafting.life
+        )
         self._states[request.request_id] = state
         self._logprobs[request.request_id] = []
         state.shorten(hooks.make_room(self._scheduler, request, len(state.inputs)))

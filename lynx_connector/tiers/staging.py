@@ -6,6 +6,7 @@ import time
 
 from lynx_connector.codec import KltTables
 from lynx_connector.errors import TransferError
+from lynx_connector.lifecycle.transfer import WHOLE, TransferEvent, transfer_life
 from lynx_connector.telemetry.events import EventLog
 from lynx_connector.tiers.pieces import TierBuffers
 from lynx_connector.wire.messages import Prefilled
@@ -13,7 +14,7 @@ from lynx_connector.wire.messages import Prefilled
 
 class StagedTransfer:
     """One request's tiers. Rows of tokens below `encoded`, which grows with the prefill, are
-    final."""
+    final. `StagingStore` moves its `life`, under its lock."""
 
     def __init__(
         self,
@@ -33,15 +34,15 @@ class StagedTransfer:
         self.encoded = 0
         self.ready_since: list[tuple[int, float]] = []
         """(tokens encoded, time.monotonic() then), for how long frames wait to be sent."""
-        self.dropped = False
+        self.life = transfer_life()
         self.outcome: Prefilled | None = None
         """How its prefill ended, where the router had its reply before."""
         self._touched = time.monotonic()
 
-    def advance(self, encoded: int) -> None:
-        """Rows of tokens below `encoded` are final."""
-        self.ready_since.append((encoded, time.monotonic()))
-        self.encoded = encoded
+    @property
+    def dropped(self) -> bool:
+        """Whether it has ended: nothing of it may be encoded or sent any more."""
+        return self.life.over
 
     def encoded_at(self, tokens: int) -> float:
         """When the first `tokens` tokens were encoded (time.monotonic())."""
@@ -52,8 +53,8 @@ class StagedTransfer:
         self._touched = time.monotonic()
 
     def expired(self, lease_seconds: float, now: float) -> bool:
-        """Whether a complete transfer has had no contact for the lease."""
-        return self.encoded == self.num_tokens and now - self._touched > lease_seconds
+        """Whether a whole transfer has had no contact for the lease."""
+        return self.life.state in WHOLE and now - self._touched > lease_seconds
 
 
 class StagingStore:
@@ -96,7 +97,7 @@ class StagingStore:
 
     def _refuse(self, transfer: StagedTransfer, cause: str) -> None:
         self._remember(transfer.transfer_id, cause)
-        transfer.dropped = True
+        transfer.life.on(TransferEvent.DROP)
         self._events("refused", transfer.request_id, transfer.transfer_id, cause=cause)
 
     def settle(self, outcome: Prefilled) -> None:
@@ -110,9 +111,11 @@ class StagingStore:
         if outcome.cause:
             self.drop(outcome.transfer_id, outcome.cause)
 
-    def resize(self, transfer: StagedTransfer) -> bool:
-        """Count what was encoded instead of what was estimated; False, and the transfer is
-        dropped with its cause, if there is no room."""
+    def advance(self, transfer: StagedTransfer, encoded: int) -> bool:
+        """Rows of tokens below `encoded` are final, and count with their true size.
+
+        False: the transfer has ended, or ends here with its cause, for want of room.
+        """
         num_bytes = transfer.buffers.num_bytes
         with self._lock:
             if transfer.dropped:
@@ -121,6 +124,11 @@ class StagingStore:
             if growth <= 0 or self.used_bytes + growth <= self._limit:
                 self.used_bytes += growth
                 transfer.num_bytes = num_bytes
+                transfer.touch()
+                transfer.ready_since.append((encoded, time.monotonic()))
+                transfer.encoded = encoded
+                if encoded == transfer.num_tokens:
+                    transfer.life.on(TransferEvent.COMPLETE)
                 return True
             cause = self._full(growth)
         self.drop(transfer.transfer_id, cause)
@@ -150,13 +158,33 @@ class StagingStore:
                 raise TransferError(self._causes.get(transfer_id, "unknown transfer"))
             return transfer
 
-    def drop(self, transfer_id: str, cause: str) -> StagedTransfer | None:
+    def fetch(self, transfer_id: str, first_token: int, num_tokens: int) -> StagedTransfer:
+        """The transfer, for a consumer that wants tokens [first_token, num_tokens) of it.
+
+        Raises:
+            TransferError: it is not here, or another one was meant.
+        """
+        transfer = self.lookup(transfer_id)
+        if num_tokens != transfer.num_tokens or first_token >= num_tokens:
+            raise TransferError(
+                f"asked for tokens {first_token} to {num_tokens} of a transfer with "
+                f"{transfer.num_tokens}"
+            )
+        with self._lock:
+            if not transfer.dropped:  # else its streams say so
+                transfer.life.on(TransferEvent.FETCH)
+        transfer.touch()
+        return transfer
+
+    def drop(
+        self, transfer_id: str, cause: str, event: TransferEvent = TransferEvent.DROP
+    ) -> StagedTransfer | None:
         """Forget a transfer and give its memory back; None if it was not here."""
         with self._lock:
             transfer = self._transfers.pop(transfer_id, None)
             if transfer is None:
                 return None
-            transfer.dropped = True
+            transfer.life.on(event)
             self.used_bytes -= transfer.num_bytes
             left = self.used_bytes
             self._remember(transfer_id, f"transfer was released: {cause}")
@@ -189,7 +217,8 @@ class StagingStore:
         with self._lock:
             late = [t for t in self._transfers.values() if t.expired(self._lease, now)]
         cause = f"no consumer within lease_seconds={self._lease:g}"
-        return [transfer for t in late if (transfer := self.drop(t.transfer_id, cause))]
+        dropped = [self.drop(t.transfer_id, cause, TransferEvent.EXPIRE) for t in late]
+        return [transfer for transfer in dropped if transfer is not None]
 
     def _remember(self, transfer_id: str, cause: str) -> None:
         self._causes[transfer_id] = cause

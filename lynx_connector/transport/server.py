@@ -153,12 +153,7 @@ class _Session:
     async def _fetch(self, fetch: messages.Fetch) -> None:
         server = self._server
         try:
-            transfer = server._store.lookup(fetch.transfer_id)
-            if fetch.num_tokens != transfer.num_tokens or fetch.first_token >= fetch.num_tokens:
-                raise TransferError(
-                    f"asked for tokens {fetch.first_token} to {fetch.num_tokens} of a transfer "
-                    f"with {transfer.num_tokens}"
-                )
+            transfer = server._store.fetch(fetch.transfer_id, fetch.first_token, fetch.num_tokens)
         except TransferError as error:
             logger.warning(
                 "lynx: consumer %s asked for transfer %s: %s",
@@ -175,7 +170,6 @@ class _Session:
             )
             await self._connection.send(messages.Failure(fetch.transfer_id, str(error)))
             return
-        transfer.touch()
         server.step_ms = fetch.step_ms or server.step_ms
         server._events(
             "fetch",

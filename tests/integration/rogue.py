@@ -48,7 +48,7 @@ class RogueProducer:
         for piece in pieces:
             for rows in piece.rows.values():
                 rows[:] = rng.integers(0, 100, rows.shape, np.uint8)
-        transfer.encoded = num_tokens
+        self.store.advance(transfer, num_tokens)
         return handoff(transfer_id, num_tokens, self.server.port, **lynx)
 
     def close(self) -> None:

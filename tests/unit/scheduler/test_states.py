@@ -4,11 +4,13 @@
 import subprocess
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lynx_connector.lifecycle.request import RequestEvent
 from lynx_connector.scheduler.states import (
     Drafting,
     PauseReason,
@@ -18,6 +20,13 @@ from lynx_connector.scheduler.states import (
 )
 
 TOKENS = st.integers(0, 4)
+
+
+def anchored(**bounds: Any) -> Drafting:
+    """A request that is about to draft."""
+    drafting = Drafting.start(**bounds)
+    drafting.life.on(RequestEvent.ANCHOR)
+    return drafting
 
 
 def test_importable_without_vllm_and_torch() -> None:
@@ -44,9 +53,7 @@ def test_importable_without_vllm_and_torch() -> None:
 def test_draft_limit(
     draft_limit: int, max_tokens: int, context_left: int, limit: int, reason: PauseReason
 ) -> None:
-    drafting = Drafting.start(
-        draft_limit=draft_limit, max_tokens=max_tokens, context_left=context_left
-    )
+    drafting = anchored(draft_limit=draft_limit, max_tokens=max_tokens, context_left=context_left)
     assert drafting.limit == limit
     for token in range(max(limit - 1, 0)):
         assert drafting.append(token) is None
@@ -57,13 +64,13 @@ def test_draft_limit(
 
 
 def test_grammars_that_cannot_be_rolled_back_are_not_drafted() -> None:
-    drafting = Drafting.start(draft_limit=8, max_tokens=9, context_left=9, may_draft=False)
+    drafting = anchored(draft_limit=8, max_tokens=9, context_left=9, may_draft=False)
     assert drafting.append(1) is PauseReason.GRAMMAR
     assert (drafting.drafts, drafting.rows) == ([], 1)
 
 
 def test_a_terminal_draft_pauses_and_needs_no_row_behind_it() -> None:
-    drafting = Drafting.start(draft_limit=8, max_tokens=9, context_left=99, terminal={2})
+    drafting = anchored(draft_limit=8, max_tokens=9, context_left=99, terminal={2})
     assert drafting.append(1) is None
     assert drafting.rows == 2
     assert drafting.append(2) is PauseReason.EOS
@@ -71,7 +78,7 @@ def test_a_terminal_draft_pauses_and_needs_no_row_behind_it() -> None:
 
 
 def test_an_outer_pause_keeps_the_first_reason() -> None:
-    drafting = Drafting.start(draft_limit=1, max_tokens=9, context_left=99)
+    drafting = anchored(draft_limit=1, max_tokens=9, context_left=99)
     drafting.append(1)
     drafting.pause(PauseReason.NO_ROOM)
     assert drafting.paused is PauseReason.LIMIT
@@ -81,7 +88,7 @@ def test_an_outer_pause_keeps_the_first_reason() -> None:
 def test_drafts_are_never_more_than_can_be_emitted(
     draft_limit: int, max_tokens: int, context_left: int, terminal: set[int], stream: list[int]
 ) -> None:
-    drafting = Drafting.start(
+    drafting = anchored(
         draft_limit=draft_limit,
         max_tokens=max_tokens,
         context_left=context_left,
@@ -115,11 +122,12 @@ def test_a_confirmed_token_leaves_room_for_one_draft_less(
 def test_confirming_keeps_a_grammar_from_drafting() -> None:
     drafting = Drafting.start(draft_limit=8, max_tokens=9, context_left=9, may_draft=False)
     drafting.confirm(draft_limit=8, max_tokens=8, context_left=8)
+    drafting.life.on(RequestEvent.ANCHOR)
     assert drafting.append(1) is PauseReason.GRAMMAR
 
 
 def test_drafts_are_not_confirmed_unverified() -> None:
-    drafting = Drafting.start(draft_limit=8, max_tokens=9, context_left=9)
+    drafting = anchored(draft_limit=8, max_tokens=9, context_left=9)
     drafting.append(1)
     with pytest.raises(RuntimeError):
         drafting.confirm(draft_limit=8, max_tokens=8, context_left=8)

@@ -64,7 +64,7 @@ class Pair:
             for piece in transfer.buffers.pieces:
                 for rows in piece.rows.values():
                     rows[:] = rng.integers(0, 255, rows.shape, np.uint8)
-            transfer.encoded = encoded
+            self.store.advance(transfer, encoded)
         return transfer
 
     def fetch(self, name="t", first=0, port=None):
@@ -144,7 +144,7 @@ def test_rows_are_sent_as_they_are_encoded(pair):
     until(lambda: drain(inbound) or inbound.written[Tier.ANCHOR] > 20)
     assert not inbound.anchored
     assert inbound.written[Tier.ANCHOR] <= 40
-    staged.encoded = TOKENS
+    pair.store.advance(staged, TOKENS)
     pair.loop.post(pair.server.notify)
     receive(inbound)
     assert inbound.refined
@@ -332,7 +332,7 @@ def test_first_token_reaches_the_consumer_whenever_it_comes(pair, before):
     tokens = []
     until(lambda: tokens.append(inbound.take_first_token()) or tokens[-1] is not None)
     assert tokens[-1] == 42 and inbound.take_first_token() is None
-    staged.encoded = TOKENS
+    pair.store.advance(staged, TOKENS)
     pair.loop.post(pair.server.notify)
     receive(inbound)
     assert inbound.refined
