@@ -139,8 +139,8 @@ class LynxConfig(BaseModel):
     )
     staging_bytes: ByteSize = Field(
         ByteSize(4 << 30),
-        description="Host memory for encoded tiers, per worker. A full staging refuses new "
-        "transfers (producer) or queues them (consumer).",
+        description="Host memory for encoded tiers, per worker. When it is full, prefills "
+        "(producer) or fetches (consumer) wait for room.",
     )
     reuse_bytes: ByteSize = Field(
         ByteSize(1 << 30),
@@ -161,6 +161,11 @@ class LynxConfig(BaseModel):
         0,
         description="Producer: TCP port of the HTTP server for routers that speak Mooncake's "
         "handoff (`GET /query`, `transfer_id`); 0: none.",
+    )
+    staging_wait_seconds: Annotated[float, Field(ge=0, le=3600)] = Field(
+        60.0,
+        description="Producer: how long a prefill waits for room in staging before it starts "
+        "without.",
     )
     lease_seconds: Annotated[float, Field(gt=0, le=86400)] = Field(
         120.0,

@@ -162,6 +162,8 @@ class LynxConnector(KVConnectorBase_V1):
     def get_num_new_matched_tokens(
         self, request: "Request", num_computed_tokens: int
     ) -> tuple[int | None, bool]:
+        if self._producer and not self._producer.may_start(request):
+            return None, False
         return self._consumer.match(request, num_computed_tokens) if self._consumer else (0, False)
 
     def update_state_after_alloc(
@@ -313,6 +315,7 @@ class LynxConnector(KVConnectorBase_V1):
             report.tables = self._producer_worker.take_report()
             report.link_mbit, report.step_ms = self._producer_worker.take_measured()
             report.unwanted = self._producer_worker.take_unwanted()
+            report.dropped = self._producer_worker.take_dropped()
         return report if report else None
 
     def get_kv_connector_stats(self) -> KVConnectorStats | None:

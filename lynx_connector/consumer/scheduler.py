@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from lynx_connector.config import LynxConfig
 from lynx_connector.consumer.admission import Admission
 from lynx_connector.consumer.bootstrap import BootstrapClient
-from lynx_connector.consumer.waiting import WaitingRoom
 from lynx_connector.engine.metadata import (
     LoadRequest,
     LynxMetadata,
@@ -25,6 +24,7 @@ from lynx_connector.errors import LynxError, ProtocolError
 from lynx_connector.plan.meters import StepMeter
 from lynx_connector.scheduler import first_token
 from lynx_connector.telemetry.events import EventLog
+from lynx_connector.tiers.waiting import WaitingRoom
 from lynx_connector.wire.handoff import Handoff, parse_handoff, parse_mooncake_leg
 
 if TYPE_CHECKING:

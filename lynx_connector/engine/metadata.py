@@ -125,6 +125,8 @@ class LynxWorkerMetadata:
     """Producer: rank -> decode step time that a decode instance named last."""
     unwanted: set[str] = field(default_factory=set)
     """Producer: request ids whose transfer was released before their prefill had ended."""
+    dropped: dict[str, int] = field(default_factory=dict)
+    """Producer: transfer id -> number of ranks that hold nothing of it any more."""
 
     def __bool__(self) -> bool:
         """Whether there is anything to report."""
@@ -134,6 +136,8 @@ class LynxWorkerMetadata:
         """Combine the reports of two ranks."""
         for request_id, ranks in other.refined.items():
             self.refined[request_id] = self.refined.get(request_id, 0) + ranks
+        for transfer_id, ranks in other.dropped.items():
+            self.dropped[transfer_id] = self.dropped.get(transfer_id, 0) + ranks
         self.failed.update(other.failed)
         self.anchored.update(other.anchored)
         self.first_tokens.update(other.first_tokens)

@@ -19,6 +19,9 @@ from lynx_connector.plan.taper import Pace, Unsent, next_chunk
 
 logger = logging.getLogger("vllm.lynx.plan")
 
+STAGING_MARGIN = 1.1
+"""Staging reserves for an exact tier what `tiers.pieces` estimates, a little more than the plan."""
+
 
 class Planner:
     """Decides how the KV of a request travels.
@@ -68,6 +71,17 @@ class Planner:
             choice = configured(wanted, self._shape, "plan: fixed")
         logger.info("lynx: request %s: plan %s: %s", request_id, choice.name, choice.why)
         return choice
+
+    def staged_bytes(self, wanted: Wanted, tokens: int, raw_tokens: int) -> int:
+        """Most host memory of a request's tiers on one worker, `raw_tokens` of it as they are.
+
+        With `auto` the plain copy may be chosen, which is the largest.
+        """
+        shape = self._shape
+        bits = shape.element_bits if self._auto else configured(wanted, shape, "").bits
+        raw = min(tokens, raw_tokens)
+        coded = (tokens - raw) * shape.elements_per_token * bits / 8
+        return raw * shape.bytes_per_token + int(coded * STAGING_MARGIN)
 
     def next_chunk(self, left: int, most: int, bits: float, unsent: Unsent, block_size: int) -> int:
         """Tokens to compute next of a prompt's `left` last ones, at most `most`, where an element

@@ -28,6 +28,7 @@ from lynx_connector.engine.metadata import (
 from lynx_connector.plan.planner import Planner
 from lynx_connector.plan.policy import Choice, Wanted
 from lynx_connector.plan.taper import Unsent
+from lynx_connector.producer.room import StagingRoom
 from lynx_connector.scheduler import first_token
 from lynx_connector.telemetry.events import EventLog
 from lynx_connector.wire.handoff import TABLE_CODECS, Handoff, LynxParams, prompt_digest
@@ -66,6 +67,8 @@ class _Prefill:
     """What the planner said of it."""
     unsent: Unsent | None = None
     """What its streaming is behind, once it was asked for."""
+    started: bool = False
+    """There is room for its tiers, or it has waited for it long enough."""
     answered: bool = False
     """The router has its reply: how the prefill ends reaches the consumer with the KV."""
     sampling: str = ""
@@ -118,6 +121,9 @@ class ProducerScheduler:
         """Given up by their consumer while they run."""
         self._refused: list[str] = []
         """Prefill legs that cannot be handed over."""
+        self._room = StagingRoom(
+            int(config.staging_bytes), tensor_parallel_size, config.staging_wait_seconds
+        )
 
     def set_workers(self, ports: list[int], tables: list[str]) -> None:
         """Where the workers listen and which tables they begin with, by rank."""
@@ -131,17 +137,19 @@ class ProducerScheduler:
         self._tables.update(report.tables)
         self._planner.update(report.link_mbit, report.step_ms)
         self._unwanted |= report.unwanted & self._prefills.keys()
+        self._room.dropped(report.dropped)
 
-    def _decide(self, request_id: str, prefill: _Prefill) -> EncodePlan:
-        """How a request that begins now is encoded: with tables once all ranks have some."""
+    def _wanted(self) -> Wanted:
+        """What a request that begins now is to be encoded with."""
         codec, bits = self._config.codec, self._config.anchor_bits
         if codec in TABLE_CODECS and len(self._tables) < self._tp_size:
             codec, bits = FALLBACK_CODEC, DEFAULT_ANCHOR_BITS
+        return Wanted(codec, bits, self._config.final_tier.value)
+
+    def _decide(self, request_id: str, prefill: _Prefill) -> EncodePlan:
+        """How a request that begins now is encoded: with tables once all ranks have some."""
         choice = self._planner.plan(
-            request_id,
-            Wanted(codec, bits, self._config.final_tier.value),
-            prefill.num_tokens,
-            len(self._prefills),
+            request_id, self._wanted(), prefill.num_tokens, len(self._prefills)
         )
         tables: tuple[str, ...] = ()
         if choice.codec in TABLE_CODECS:
@@ -172,6 +180,34 @@ class ProducerScheduler:
                 self._prefills[request.request_id].transfer_id,
                 prompt_tokens=request.num_prompt_tokens,
             )
+
+    def may_start(self, request: "Request") -> bool:
+        """Whether a prefill may be scheduled: vLLM asks again in its next step if not."""
+        prefill = self._prefills.get(request.request_id)
+        if prefill is None or prefill.started:
+            return True
+        waited_before = self._room.num_waiting
+        num_bytes = self._planner.staged_bytes(
+            self._wanted(), prefill.num_tokens, EXACT_FIRST_TOKENS + self._config.exact_last_tokens
+        )
+        waited = self._room.admit(prefill.transfer_id, num_bytes)
+        if waited is None:
+            if self._room.num_waiting > waited_before:
+                logger.info(
+                    "lynx: request %s waits for room in staging: about %d bytes needed, %d of %d "
+                    "staged (staging_bytes), %d prefills wait",
+                    request.request_id,
+                    num_bytes,
+                    self._room.held_bytes,
+                    self._config.staging_bytes,
+                    self._room.num_waiting,
+                )
+            return False
+        prefill.started = True
+        self._events(
+            "started", request.request_id, prefill.transfer_id, waited_seconds=round(waited, 4)
+        )
+        return True
 
     def _expect(self, request_id: str, routed_as: object) -> bool:
         """Whether a prefill leg's `transfer_id` can name its transfer."""
@@ -290,6 +326,8 @@ class ProducerScheduler:
             return False, None
         self._unanswered.discard(request_id)
         self._unwanted.discard(request_id)
+        if not prefill.opened:
+            self._room.leave(prefill.transfer_id)
         complete = prefill.submitted >= prefill.num_tokens and _ended_normally(request)
         cause = "" if complete else f"prefill ended early ({request.status.name})"
         self._events("prefilled", request_id, prefill.transfer_id, cause=cause)

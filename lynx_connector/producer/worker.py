@@ -182,6 +182,10 @@ class ProducerWorker:
         """Requests that their consumer gave up while they run."""
         return self._store.take_unwanted()
 
+    def take_dropped(self) -> dict[str, int]:
+        """Transfers of which this rank holds nothing any more."""
+        return dict.fromkeys(self._store.take_ended(), 1)
+
     # ---- called by the connector within a step ------------------------------------------
 
     def apply_drops(self, metadata: LynxMetadata) -> None:

@@ -122,6 +122,7 @@ def _catalogue() -> Iterator[Metric]:
 
     yield counter("prefills", "Prefills for others that ended.", PRODUCER, outcome=OUTCOMES)
     yield histogram("prefill_seconds", "From a prefill's arrival to its end.", PRODUCER)
+    yield histogram("staging_wait_seconds", "Prefills that waited for room in staging.", PRODUCER)
     yield counter("encoded_tokens", "Tokens encoded into tiers.", PRODUCER)
     yield counter(
         "reused_tokens", "Tokens whose tiers were kept from an earlier prefill.", PRODUCER
@@ -275,6 +276,9 @@ def _written(meter: Meter, role: str, fields: Mapping[str, Any]) -> None:
 
 _COUNTED: dict[str, Callable[[Meter, str, Mapping[str, Any]], None]] = {
     "plan": lambda meter, _, fields: meter.add("plans", 1, fields["plan"]),
+    "started": lambda meter, _, fields: meter.observe(
+        "staging_wait_seconds", fields["waited_seconds"]
+    ),
     "prefill_ended": _prefill_ended,
     "chunk_encoded": _chunk_encoded,
     "frame_sent": _frame_sent,

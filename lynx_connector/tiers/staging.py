@@ -74,6 +74,7 @@ class StagingStore:
         self._transfers: dict[str, StagedTransfer] = {}
         self._causes: dict[str, str] = {}
         self._unwanted: set[str] = set()
+        self._ended: set[str] = set()
         self.used_bytes = 0
 
     def __len__(self) -> int:
@@ -97,6 +98,7 @@ class StagingStore:
 
     def _refuse(self, transfer: StagedTransfer, cause: str) -> None:
         self._remember(transfer.transfer_id, cause)
+        self._ended.add(transfer.transfer_id)
         transfer.life.on(TransferEvent.DROP)
         self._events("refused", transfer.request_id, transfer.transfer_id, cause=cause)
 
@@ -185,6 +187,7 @@ class StagingStore:
             if transfer is None:
                 return None
             transfer.life.on(event)
+            self._ended.add(transfer_id)
             self.used_bytes -= transfer.num_bytes
             left = self.used_bytes
             self._remember(transfer_id, f"transfer was released: {cause}")
@@ -210,6 +213,12 @@ class StagingStore:
         with self._lock:
             unwanted, self._unwanted = self._unwanted, set()
         return unwanted
+
+    def take_ended(self) -> set[str]:
+        """Transfers that were refused or dropped, since the last call."""
+        with self._lock:
+            ended, self._ended = self._ended, set()
+        return ended
 
     def expire(self) -> list[StagedTransfer]:
         """Drop every complete transfer whose lease has run out, and return them."""
