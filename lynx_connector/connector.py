@@ -27,6 +27,7 @@ from lynx_connector.engine.compat import (
     KVConnectorWorkerMetadata,
 )
 from lynx_connector.engine.metadata import LynxHandshakeMetadata, LynxMetadata, LynxWorkerMetadata
+from lynx_connector.engine.shutdown import ShutdownNotice
 from lynx_connector.engine.stats import LynxPromMetrics, LynxStats
 from lynx_connector.plan import KVShape
 from lynx_connector.plan.planner import Planner
@@ -81,8 +82,10 @@ class LynxConnector(KVConnectorBase_V1):
         self._producer_worker: ProducerWorker | None = None
         self._consumer_worker: ConsumerWorker | None = None
         self._bootstrap: BootstrapServer | None = None
+        self._shutdown = ShutdownNotice(vllm_config.shutdown_timeout)
         if role == KVConnectorRole.SCHEDULER:
             self._init_scheduler(vllm_config)
+            self._shutdown.listen()
 
     def _init_scheduler(self, vllm_config: "VllmConfig") -> None:
         from vllm.utils.network_utils import get_ip
@@ -174,8 +177,14 @@ class LynxConnector(KVConnectorBase_V1):
 
     def has_pending_push_work(self) -> bool:
         """Keeps the engine stepping while transfers have to be given back that it does not know
-        yet."""
-        return self._consumer is not None and self._consumer.has_orphans
+        yet, and at its end while staged tiers wait to be fetched."""
+        if self._consumer is not None and self._consumer.has_orphans:
+            return True
+        return self._shutdown.serving and self._num_staged > 0
+
+    @property
+    def _num_staged(self) -> int:
+        return self._producer.num_staged if self._producer else 0
 
     def build_connector_meta(self, scheduler_output: "SchedulerOutput") -> LynxMetadata:
         metadata = LynxMetadata()
@@ -342,6 +351,12 @@ class LynxConnector(KVConnectorBase_V1):
         return LynxPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
     def shutdown(self) -> None:
+        if self._num_staged:
+            logger.warning(
+                "lynx: this prefill instance ends with %d transfers that nobody may have "
+                "fetched; --shutdown-timeout gives decode instances time to",
+                self._num_staged,
+            )
         if self._bootstrap:
             self._bootstrap.stop()
         if self._consumer:

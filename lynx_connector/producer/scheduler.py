@@ -441,6 +441,11 @@ class ProducerScheduler:
         return unwanted
 
     @property
+    def num_staged(self) -> int:
+        """Transfers that workers hold, or will."""
+        return len(self._room)
+
+    @property
     def num_prefills(self) -> int:
         """Requests followed now."""
         return len(self._prefills)
