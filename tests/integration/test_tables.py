@@ -117,8 +117,11 @@ def test_switch_restart_and_second_consumer(model, tmp_path):
 
 
 def test_exact_tier_gives_the_tokens_of_a_single_server(model, tmp_path):
-    """Bit for bit the prefill's cache, so that no codec and no switch can be seen at all."""
-    with cold_pair(model, tmp_path, final_tier="exact") as pair:
+    """Bit for bit the prefill's cache, so that no codec and no switch can be seen at all.
+
+    Staging has room for two or three of the transfers: of many at once most wait, and none fails.
+    """
+    with cold_pair(model, tmp_path, final_tier="exact", staging_bytes=48 << 20) as pair:
         codecs = []
         for batch in range(25):
             texts = [prompt(400 + 4 * batch + i, items=35 + 5 * i) for i in range(4)]
@@ -140,4 +143,14 @@ def test_exact_tier_gives_the_tokens_of_a_single_server(model, tmp_path):
         refined = pair.events(0, "refined")
         assert all(event["wire_bytes"]["exact"] for event in refined)
         assert pair.events(0, "verified")
+
+        texts = [prompt(600 + i, items=40) for i in range(16)]
+        short = {"max_tokens": 4}
+        answers = pair.many([lambda text=text: pair.lynx(text, **short) for text in texts])
+        pair.forget()
+        assert [tokens(one) for one in answers] == [
+            tokens(pair.completion(text, **short)) for text in texts
+        ]
+        waited = [event["waited_seconds"] for event in events(pair, "started")]
+        assert sum(seconds > 0.1 for seconds in waited) > 8
         pair.assert_idle()
