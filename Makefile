@@ -13,7 +13,7 @@ help: ## list the targets
 	@echo 'Variables: PYTHON (>= 3.11), ARGS (for demo: options of `lynx demo`; for test: of pytest)'
 
 setup: ## make .venv with vLLM for this machine, and the small model
-	@$(PYTHON) scripts/setup.py
+	@$(PYTHON) -m scripts.setup
 
 demo: setup ## two vLLM servers and a router: one prompt, speculative and blocking
 	@$(BIN)/lynx demo $(ARGS)

@@ -38,8 +38,14 @@ class Rotation:
 
     def cos_sin(self, first: int, count: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """cos and sin at positions first and up: float32 [pairs, count] each."""
+        return self.cos_sin_at(np.arange(first, first + count, dtype=np.uint64))
+
+    def cos_sin_at(
+        self, positions: NDArray[np.uint64]
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """cos and sin at positions [P]: float32 [pairs, P] each."""
         steps = np.array(self.steps, dtype=np.uint64)[:, None]
-        turns = steps * np.arange(first, first + count, dtype=np.uint64) % np.uint64(_TURN)
+        turns = steps * positions % np.uint64(_TURN)
         angles = turns * (2 * math.pi / _TURN)
         unit = np.float32(_UNIT)
         return (
@@ -105,9 +111,7 @@ def fit_rotation(cos_sin: torch.Tensor, is_neox: bool) -> Rotation | None:
     found = Rotation(tuple(steps.tolist()), is_neox)
     stride = max(1, angle.shape[1] // _CHECKED_POSITIONS)
     radius = np.hypot(cos, sin).mean()
-    for start in range(0, angle.shape[1], stride):
-        c, s = found.cos_sin(start, 1)
-        here = np.abs(np.stack((cos, sin))[:, :, start] / radius - np.stack((c, s))[:, :, 0])
-        if not here.max() < _TOLERANCE:
-            return None
-    return found
+    expected = found.cos_sin_at(np.arange(0, angle.shape[1], stride, dtype=np.uint64))
+    checked = cos[:, ::stride], sin[:, ::stride]
+    off = np.abs(np.stack(checked) / radius - np.stack(expected)).max()
+    return found if off < _TOLERANCE else None

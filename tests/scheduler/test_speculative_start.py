@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the case list of scheduler_cases.py on every flavour of vLLM's engine.
+"""Runs the cases of `cases/` on every flavour of vLLM's engine.
 
-One subprocess per flavour (see scheduler_harness.py) runs all its cases and writes their results,
+One subprocess per flavour (see `__main__.py`) runs all its cases and writes their results,
 which become one test each. `-k v1-sync` and the like narrow the run down to a flavour.
 """
 
@@ -18,15 +18,11 @@ import pytest
 
 pytest.importorskip("vllm")
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))
+from . import tiny_llama
+from .cases import CASES
+from .engine import FLAVOURS
 
-import early_reply_cases  # noqa: E402, F401
-import first_token_cases  # noqa: E402, F401  registers its cases
-import tiny_llama  # noqa: E402
-from scheduler_cases import CASES  # noqa: E402
-from scheduler_harness import FLAVOURS  # noqa: E402
-
+ROOT = Path(__file__).parents[2]
 PARAMETERS = [
     pytest.param(flavour, name, id=f"{flavour}-{name}")
     for flavour in FLAVOURS
@@ -62,9 +58,10 @@ class Results:
     def _run(self, flavour: str) -> tuple[dict[str, Any], str]:
         """The flavour's results, and what it printed."""
         path = self._folder / f"{flavour}.json"
-        command = [sys.executable, HERE / "scheduler_harness.py", flavour, self._model, path]
+        command = [sys.executable, "-m", __package__, flavour, self._model, path]
         done = subprocess.run(
             [*map(str, command), *self._selected[flavour]],
+            cwd=ROOT,
             env=os.environ | {"VLLM_LOGGING_LEVEL": "WARNING"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

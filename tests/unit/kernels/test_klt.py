@@ -138,6 +138,15 @@ def test_angles_that_do_not_grow_evenly_are_no_rotation() -> None:
     assert fit_rotation(torch.ones(3, 4096, 32), True) is None
 
 
+@pytest.mark.parametrize("wrong", [0, 5, 24_570])
+def test_one_wrong_position_among_many_is_no_rotation(wrong) -> None:
+    """A table of 24,573 positions is checked at every fifth."""
+    angles = torch.outer(torch.arange(24_573.0), torch.tensor([0.25, 0.01]))
+    assert fit_rotation(torch.cat((angles.cos(), angles.sin()), dim=1), True) is not None
+    angles[wrong, 1] += 0.1
+    assert fit_rotation(torch.cat((angles.cos(), angles.sin()), dim=1), True) is None
+
+
 def test_turning_back_undoes_a_turn() -> None:
     x = torch.randn(50, 2, 3, 64)
     for kind in ("neox", "gptj"):

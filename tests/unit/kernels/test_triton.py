@@ -38,11 +38,11 @@ from tests.unit.kernels.triton_exact_cases import EXACT_CASES
 
 HERE = Path(__file__).parent
 MODULES = {
-    "klt": "klt_gpu",
-    "hadamard": "hadamard_gpu",
-    "bf16": "raw_gpu",
-    "int8": "uniform_gpu",
-    "int4": "uniform_gpu",
+    "klt": "klt.gpu",
+    "hadamard": "hadamard.gpu",
+    "bf16": "raw.gpu",
+    "int8": "uniform.gpu",
+    "int4": "uniform.gpu",
 }
 ALL_CASES = CASES | EXACT_CASES
 HOPPER = GPUTarget("cuda", 90, 32)

@@ -1,90 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Drives one in-process vLLM engine step by step, in one of four flavours.
-
-`python scheduler_harness.py FLAVOUR MODEL_FOLDER RESULTS.json [CASE ...]` runs the case list and
-writes {case: {"ok", "seconds", "detail"}}. A flavour needs a process of its own: environment
-variables choose the model runner, and vLLM engines do not share a process well.
-
-CPU has no asynchronous scheduling: the async flavours give the engine its queue of two batches and
-the asynchronous scheduler, while the model runner stays synchronous. V2 has no CPU backend: its
-Triton kernels run in Triton's interpreter.
-"""
+"""Drives an engine step by step: requests, reference outputs, and what is left afterwards."""
 
 from __future__ import annotations
 
-import json
-import os
 import random
-import sys
-import time
-import traceback
-import types
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
-
-FLAVOURS = ("v1-sync", "v1-async", "v2-sync", "v2-async")
-MAX_NUM_SEQS = 8
-BLOCK_SIZE = 32
-NUM_BLOCKS = 80
-
-
-def prepare(flavour: str) -> None:
-    """Set what must be set before vLLM is imported."""
-    os.environ.update(
-        VLLM_ENABLE_V1_MULTIPROCESSING="0",
-        VLLM_CPU_KVCACHE_SPACE="1",
-        VLLM_USE_V2_MODEL_RUNNER=str(int(flavour.startswith("v2"))),
-        OMP_NUM_THREADS="1",
-        HF_HUB_OFFLINE="1",
-        VLLM_NO_USAGE_STATS="1",
-    )
-    if flavour.startswith("v2"):
-        os.environ["TRITON_INTERPRET"] = "1"
-        import triton.backends
-        from triton.runtime.interpreter import InterpreterBuilder
-
-        store = InterpreterBuilder.create_masked_store
-
-        def masked_store(self: Any, ptrs: Any, value: Any, mask: Any, *options: Any) -> Any:
-            mask.data = mask.data.astype(bool)  # a uint8 mask is fine on a GPU
-            return store(self, ptrs, value, mask, *options)
-
-        InterpreterBuilder.create_masked_store = masked_store
-        driver = type("Driver", (), {"is_active": staticmethod(lambda: False)})
-        triton.backends.backends.setdefault(
-            "cpu", types.SimpleNamespace(driver=driver, compiler=None)
-        )
-
-
-def build(flavour: str, model: str, **options: Any) -> Any:
-    """An engine of the flavour with LynxScheduler and the fake connector."""
-    from vllm import LLM
-    from vllm.config import VllmConfig
-
-    asynchronous = flavour.endswith("async")
-    if asynchronous:
-        VllmConfig.max_concurrent_batches = property(lambda self: 2)
-    scheduler = "LynxAsyncScheduler" if asynchronous else "LynxScheduler"
-    defaults: dict[str, Any] = {
-        "dtype": "float32",
-        "max_model_len": 512,
-        "max_num_seqs": MAX_NUM_SEQS,
-        "max_num_batched_tokens": 256,
-        "block_size": BLOCK_SIZE,
-        "num_gpu_blocks_override": NUM_BLOCKS,
-        "enforce_eager": True,
-        "enable_prefix_caching": True,
-        "disable_log_stats": False,
-        "scheduler_cls": f"lynx_connector.scheduler.{scheduler}",
-        "kv_transfer_config": {
-            "kv_connector": "FakeTransferConnector",
-            "kv_role": "kv_both",
-            "kv_connector_module_path": "fake_transfer",
-            "kv_load_failure_policy": "recompute",
-        },
-    }
-    return LLM(model, **(defaults | options))
 
 
 class Harness:
@@ -147,7 +68,7 @@ class Harness:
 
     def save(self, prompt: str) -> None:
         """Have the exact KV of a prompt stored, once."""
-        from fake_transfer import FakeTransferConnector
+        from .fake_transfer import FakeTransferConnector
 
         if prompt not in FakeTransferConnector.stored:
             self.add(prompt, {"save": prompt}, max_tokens=1)
@@ -224,51 +145,3 @@ class Harness:
         assert not known, f"the runner still knows {list(known)}"
         assert scheduler.kv_cache_manager.reset_prefix_cache()
         self.port.events.clear()
-
-
-def main() -> None:
-    flavour, model, results_path, *only = sys.argv[1:]
-    prepare(flavour)
-    import early_reply_cases  # noqa: F401  registers its cases
-    import first_token_cases  # noqa: F401  registers its cases
-    from scheduler_cases import CASES
-
-    started = time.monotonic()
-    harness = Harness(build(flavour, model), flavour)
-    print(f"{flavour}: up in {time.monotonic() - started:.0f} s", flush=True)
-    results: dict[str, dict[str, Any]] = {}
-    broken = None
-    for name, case in CASES.items():
-        if (only and name not in only) or not case.runs_on(flavour):
-            continue
-        started = time.monotonic()
-        try:
-            if broken:
-                raise RuntimeError(f"not run: the engine broke in {broken}")
-            case.run(harness)
-            harness.settle()
-            detail = ""
-        except Exception:
-            detail = traceback.format_exc()
-            broken = broken or _recover(harness, name)
-        seconds = time.monotonic() - started
-        results[name] = {"ok": not detail, "seconds": round(seconds, 2), "detail": detail}
-        print(f"{'FAIL' if detail else 'ok':5}{name} {seconds:.1f} s", flush=True)
-        if detail:
-            print(detail, flush=True)
-    Path(results_path).write_text(json.dumps(results))
-
-
-def _recover(harness: Harness, name: str) -> str | None:
-    """Try to leave a clean engine to the next case; `name` if that fails."""
-    try:
-        harness.engine.abort_request(list(harness.engine.output_processor.request_states))
-        harness.run()
-        harness.settle()
-    except Exception:
-        return name
-    return None
-
-
-if __name__ == "__main__":
-    main()

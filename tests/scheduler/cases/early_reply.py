@@ -5,10 +5,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from scheduler_cases import case, same, tokens
+from .registry import case, same, tokens
 
 if TYPE_CHECKING:
-    from scheduler_harness import Harness
+    from ..harness import Harness
 
 LENGTH = 300  # a step computes 256 tokens
 
