@@ -159,6 +159,12 @@ def _catalogue() -> Iterator[Metric]:
         role=(PRODUCER, CONSUMER),
         cause=CAUSES,
     )
+    yield counter(
+        "lost_events",
+        "Events that events_file could not take.",
+        *_BOTH,
+        role=(PRODUCER, CONSUMER),
+    )
     yield gauge("staging_used_bytes", "Host memory that encoded tiers take.")
     yield gauge("staging_limit_bytes", "Host memory that encoded tiers may take.")
     yield gauge("open_transfers", "Transfers staged (producer) or under way (consumer).")
