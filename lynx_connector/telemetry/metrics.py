@@ -30,7 +30,8 @@ FAILURES: dict[str, tuple[str, ...]] = {
     "incompatible": (
         "speaks protocol",
         "speaks Lynx protocol",
-        "another model, cache dtype",
+        "another model",
+        "another cache dtype",
         "they must be equal",
         "the same tokenizer",
     ),
