@@ -185,8 +185,9 @@ class LynxConfig(BaseModel):
     )
     model_id: str | None = Field(
         None,
-        description="Name that both sides must agree on. Default: a fingerprint of the model's "
-        "configuration and weights files, or hub name and revision.",
+        description="Name of the weights that both sides must agree on, instead of a fingerprint "
+        "of their files, or of hub name and revision. The configuration (--hf-overrides, "
+        "--quantization, --dtype) is compared all the same.",
     )
     events_file: Path | None = Field(
         None, description="Append one JSON object a line for every step of every request."

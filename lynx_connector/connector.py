@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from lynx_connector.config import LynxConfig, PlanMode
 from lynx_connector.consumer.scheduler import ConsumerScheduler
-from lynx_connector.engine import compat
+from lynx_connector.engine import compat, served
 from lynx_connector.engine.compat import (
     KVConnectorBase_V1,
     KVConnectorHandshakeMetadata,
@@ -251,7 +251,7 @@ class LynxConnector(KVConnectorBase_V1):
         )
         rank = get_tensor_model_parallel_rank()
         identity = Identity(
-            compat.compatibility_hash(vllm_config, config, dataclasses.asdict(geometry)),
+            served.compatibility(vllm_config, config, dataclasses.asdict(geometry)),
             f"{transfer.engine_id}/{rank}",
             config.secret(),
         )
@@ -260,6 +260,7 @@ class LynxConnector(KVConnectorBase_V1):
         context = WorkerContext(
             config=config,
             identity=identity,
+            tables_key=served.tables_key(vllm_config, config, dataclasses.asdict(geometry)),
             rank=rank,
             tensor_parallel_size=get_tensor_model_parallel_world_size(),
             geometry=geometry,

@@ -18,7 +18,7 @@ from lynx_connector.codec import KltTables, KVGeometry
 from lynx_connector.codec.klt_learner import TableLearner
 from lynx_connector.codec.types import DTYPES
 from lynx_connector.config import MIN_LEARN_TOKENS
-from lynx_connector.wire.identity import compatibility_hash
+from lynx_connector.wire.identity import tables_key
 
 PROMPT_TOKENS = 4096
 """Tokens taken of one text at most: attention of the reference model is quadratic in them."""
@@ -30,10 +30,10 @@ TEMPLATE_TOKENS = 128
 class ShardTables:
     """Tables of one tensor parallel rank, and what they cost.
 
-    compat: the producer's compatibility hash; prefill_seconds: of all ranks together.
+    key: where a producer looks for them (`tables_key`); prefill_seconds: of all ranks together.
     """
 
-    compat: str
+    key: str
     tables: KltTables
     tokens: int
     prefill_seconds: float
@@ -96,11 +96,9 @@ def calibrate(
             f"at least {MIN_LEARN_TOKENS} are needed"
         )
     step("building tables")
-    compat = compatibility_hash(
-        model.name, ranks, asdict(shard), revision=model.revision, model_id=model_id
-    )
+    key = tables_key(model.name, ranks, asdict(shard), revision=model.revision, model_id=model_id)
     return [
-        _finish(compat, learner, prefilling, seconds)
+        _finish(key, learner, prefilling, seconds)
         for learner, seconds in zip(learners, learning, strict=True)
     ]
 
@@ -111,8 +109,8 @@ def _query_heads(queries: torch.Tensor, whole: KVGeometry, kv_heads: slice) -> t
     return queries[:, :, kv_heads.start * group : kv_heads.stop * group]
 
 
-def _finish(compat: str, learner: TableLearner, prefilling: float, learning: float) -> ShardTables:
+def _finish(key: str, learner: TableLearner, prefilling: float, learning: float) -> ShardTables:
     began = time.monotonic()
     tables = learner.build()
     learning += time.monotonic() - began
-    return ShardTables(compat, tables, learner.tokens, prefilling, learning)
+    return ShardTables(key, tables, learner.tokens, prefilling, learning)

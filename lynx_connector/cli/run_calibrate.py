@@ -51,9 +51,7 @@ def run(target: Target, texts: Sequence[Path], tokens: int) -> None:
             root = LynxConfig.from_extra_config(chosen).tables_root()
             for rank, shard in enumerate(shards):
                 size = target.tensor_parallel_size
-                path = store_tables(
-                    root, shard.compat, rank, size, shard.tables, tokens=shard.tokens
-                )
+                path = store_tables(root, shard.key, rank, size, shard.tables, tokens=shard.tokens)
                 console.print(
                     f"rank {rank} of {size}: {shard.tokens} tokens, prefilled in "
                     f"{shard.prefill_seconds:.1f} s, learned in {shard.learn_seconds:.1f} s, "

@@ -24,5 +24,12 @@ def run(files: Sequence[Path], out: Path) -> None:
     except OSError as error:
         typer.secho(f"lynx trace: {out}: {error.strerror}", fg="red", err=True)
         raise typer.Exit(2) from None
+    if events.unreadable:
+        typer.secho(
+            f"lynx trace: {events.unreadable} lines could not be read and were passed over, "
+            f"the first: {events.why}",
+            fg="yellow",
+            err=True,
+        )
     transfers = {event["transfer"] for event in events if event.get("transfer")}
     typer.echo(f"{len(transfers)} requests in {out}: open it in https://ui.perfetto.dev")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Learned tables on disk: what a producer learned, and what a consumer fetched.
 
-    <root>/<compatibility hash>/rank<r>-of-<n>/<digest>.tables     one version each
+    <root>/<key of the model>/rank<r>-of-<n>/<digest>.tables     one version each
                                                current.json        which one a producer uses
 
 Files are written beside and renamed, so that two processes may share a folder. A file that cannot
@@ -41,13 +41,13 @@ class Current(msgspec.Struct):
     tokens: Annotated[int, Meta(ge=0)]
 
 
-def tables_folder(root: Path, compat: str, rank: int, size: int) -> Path:
+def tables_folder(root: Path, key: str, rank: int, size: int) -> Path:
     """Where the tables of one shard of one model lie."""
-    return root / compat / f"rank{rank}-of-{size}"
+    return root / key / f"rank{rank}-of-{size}"
 
 
 def store_tables(
-    root: Path, compat: str, rank: int, size: int, tables: KltTables, *, tokens: int
+    root: Path, key: str, rank: int, size: int, tables: KltTables, *, tokens: int
 ) -> Path:
     """Write tables and make them the ones that the next start of a producer begins with.
 
@@ -57,7 +57,7 @@ def store_tables(
     Raises:
         OSError: the folder cannot be written.
     """
-    folder = tables_folder(root, compat, rank, size)
+    folder = tables_folder(root, key, rank, size)
     path = _write_tables(folder, tables)
     _write(folder / CURRENT, msgspec.json.encode(Current(tables.digest, tokens)))
     return path
@@ -66,9 +66,9 @@ def store_tables(
 class TableStore:
     """One shard's folder. Safe to share between threads and processes."""
 
-    def __init__(self, root: Path, compat: str, rank: int, size: int, geometry: KVGeometry):
-        self.folder = tables_folder(root, compat, rank, size)
-        self._where = (root, compat, rank, size)
+    def __init__(self, root: Path, key: str, rank: int, size: int, geometry: KVGeometry):
+        self.folder = tables_folder(root, key, rank, size)
+        self._where = (root, key, rank, size)
         self._geometry = geometry
         self._warned: set[Path] = set()
 

@@ -48,7 +48,7 @@ class ConsumerWorker:
         self._budget = StagingBudget(int(config.staging_bytes))
         store = TableStore(
             config.tables_root(),
-            context.identity.compat,
+            context.tables_key,
             context.rank,
             context.tensor_parallel_size,
             context.geometry,

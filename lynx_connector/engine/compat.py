@@ -27,7 +27,6 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
 from lynx_connector import __version__
 from lynx_connector.config import LynxConfig, StartMode
 from lynx_connector.errors import ConfigError
-from lynx_connector.wire import identity
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -44,7 +43,6 @@ __all__ = [
     "KVConnectorWorkerMetadata",
     "check_bootstrap",
     "check_supported",
-    "compatibility_hash",
     "has_lynx_scheduler",
     "key_rotation",
     "resolve_start",
@@ -248,17 +246,3 @@ def warm_up_verification(vllm_config: "VllmConfig", device: "torch.device") -> N
             f"({type(error).__name__}: {str(error).splitlines()[0][:200]}); install a C++ compiler "
             "(g++), or set start to 'blocking' in kv_connector_extra_config"
         ) from error
-
-
-def compatibility_hash(
-    vllm_config: "VllmConfig", config: LynxConfig, geometry: dict[str, Any]
-) -> str:
-    """`identity.compatibility_hash` of what this instance serves."""
-    model = vllm_config.model_config
-    return identity.compatibility_hash(
-        model.model,
-        vllm_config.parallel_config.tensor_parallel_size,
-        geometry,
-        revision=model.revision,
-        model_id=config.model_id,
-    )

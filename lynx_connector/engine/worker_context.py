@@ -21,6 +21,8 @@ class WorkerContext:
 
     config: LynxConfig
     identity: Identity
+    tables_key: str
+    """Folder of this model's learned tables, below `tables_dir`."""
     rank: int
     """Tensor parallel rank; fetches from the producer's worker of the same rank."""
     tensor_parallel_size: int

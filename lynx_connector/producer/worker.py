@@ -76,7 +76,7 @@ class ProducerWorker:
         self._tables = ProducerTables(
             TableStore(
                 config.tables_root(),
-                context.identity.compat,
+                context.tables_key,
                 context.rank,
                 context.tensor_parallel_size,
                 context.geometry,

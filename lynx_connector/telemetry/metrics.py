@@ -30,7 +30,8 @@ FAILURES: dict[str, tuple[str, ...]] = {
     "incompatible": (
         "speaks protocol",
         "speaks Lynx protocol",
-        "another model, cache dtype",
+        "another model",
+        "another cache dtype",
         "they must be equal",
         "the same tokenizer",
     ),
@@ -159,6 +160,12 @@ def _catalogue() -> Iterator[Metric]:
         *_BOTH,
         role=(PRODUCER, CONSUMER),
         cause=CAUSES,
+    )
+    yield counter(
+        "lost_events",
+        "Events that events_file could not take.",
+        *_BOTH,
+        role=(PRODUCER, CONSUMER),
     )
     yield gauge("staging_used_bytes", "Host memory that encoded tiers take.")
     yield gauge("staging_limit_bytes", "Host memory that encoded tiers may take.")

@@ -6,12 +6,13 @@ rows per request (its phases; encoding; each tier on the wire), an instant for e
 """
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lynx_connector.errors import LynxError
+from lynx_connector.errors import LynxError, shown
 from lynx_connector.telemetry.metrics import TIERS
 
 Event = dict[str, Any]
@@ -88,38 +89,79 @@ class Timeline:
             yield Span(name, starts[0]["t"], ends[-1]["t"])
 
 
-def read_events(files: Iterable[Path]) -> list[Event]:
-    """All events of the files, oldest first. A last line that is still being written is left out.
+class Events(list[Event]):
+    """Events of several files, oldest first.
+
+    unreadable: lines that were passed over; why: the first of them, with its file and number.
+    """
+
+    unreadable: int = 0
+    why: str = ""
+
+
+def read_events(files: Iterable[Path]) -> Events:
+    """All events of the files. A last line that is still being written is left out, and lines that
+    are no events (a full disk, a crash) are passed over and counted.
 
     Raises:
-        TraceError: a file is missing, holds no events, or has a line that is none.
+        TraceError: a file is missing or holds no events.
     """
-    events: list[Event] = []
+    events = Events()
     for file in files:
         try:
             data = file.read_bytes()
         except OSError as error:
             raise TraceError(f"{file}: {error.strerror}") from None
-        lines = data[: data.rfind(b"\n") + 1].splitlines()
-        found = [_parse(file, number, line) for number, line in enumerate(lines, 1)]
+        found, bad = parse_lines(data[: data.rfind(b"\n") + 1])
+        if bad and not events.why:
+            events.why = f"{file}:{bad[0]}"
         if not found:
-            raise TraceError(f"{file}: no events (is it the events_file of an instance?)")
+            what = f", {file}:{bad[0]}" if bad else ""
+            raise TraceError(f"{file}: no events (is it the events_file of an instance?){what}")
         events += found
-    return sorted(events, key=lambda event: event["t"])
+        events.unreadable += len(bad)
+    events.sort(key=lambda event: event["t"])
+    return events
 
 
-def _parse(file: Path, number: int, line: bytes) -> Event:
+# Quotes are escaped inside JSON strings: only an event begins like that.
+_BEGINNING = re.compile(rb'(?=\{"t":)')
+
+
+def parse_lines(data: bytes) -> tuple[list[Event], list[str]]:
+    """Events of whole lines, and for each line that is none "number: what is wrong".
+
+    An event that another process has written behind half a line is found, too.
+    """
+    events: list[Event] = []
+    bad: list[str] = []
+    for number, line in enumerate(data.split(b"\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            events.append(_parse(line))
+            continue
+        except ValueError as error:
+            bad.append(f"{number}: {error}")
+        for part in _BEGINNING.split(line)[1:]:
+            try:
+                events.append(_parse(part))
+            except ValueError:
+                continue
+    return events, bad
+
+
+def _parse(line: bytes) -> Event:
+    """Raises ValueError saying why it is no event."""
     try:
         event = json.loads(line)
-    except ValueError as error:
-        raise TraceError(f"{file}:{number}: not JSON: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON: {error}") from None
     if not isinstance(event, dict):
-        raise TraceError(f"{file}:{number}: not a JSON object")
+        raise ValueError("not a JSON object")
     for key, kind in (("t", int | float), ("event", str), ("role", str)):
         if not isinstance(event.get(key), kind):
-            raise TraceError(
-                f"{file}:{number}: not an event of Lynx: {key!r} is {event.get(key)!r}"
-            )
+            raise ValueError(f"not an event of Lynx: {key!r} is {shown(repr(event.get(key)))}")
     return event
 
 

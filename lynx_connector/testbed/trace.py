@@ -3,13 +3,12 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lynx_connector.telemetry.trace import Event, Span, Timeline
+from lynx_connector.telemetry.trace import Event, Span, Timeline, parse_lines
 
 
 class EventTail:
@@ -19,6 +18,8 @@ class EventTail:
         self._lock = threading.Lock()
         self._offsets = dict.fromkeys(files, 0)
         self._events: list[Event] = []
+        self.unreadable = 0
+        """Lines that were no events and were passed over."""
 
     def poll(self) -> list[Event]:
         """Read what is new; returns all events so far. A line still being written waits."""
@@ -32,7 +33,9 @@ class EventTail:
                     continue
                 whole = data[: data.rfind(b"\n") + 1]
                 self._offsets[file] = offset + len(whole)
-                self._events += [json.loads(line) for line in whole.splitlines()]
+                events, bad = parse_lines(whole)
+                self._events += events
+                self.unreadable += len(bad)
             return list(self._events)
 
 

@@ -15,7 +15,7 @@ from typing import TypeVar
 from lynx_connector import __version__
 from lynx_connector.errors import AuthenticationError, ProtocolError
 from lynx_connector.transport.connection import Connection
-from lynx_connector.wire import messages
+from lynx_connector.wire import identity, messages
 
 HANDSHAKE_SECONDS = 10.0
 
@@ -55,11 +55,8 @@ def _check_peer(version: int, release: str, compat: str, own: Identity) -> None:
             f"peer speaks protocol {version} (lynx-connector {release}), this side "
             f"{messages.PROTOCOL_VERSION} ({__version__}): install the same version"
         )
-    if compat != own.compat:
-        raise ProtocolError(
-            f"peer has another model, cache dtype or tensor parallel size (compatibility "
-            f"{compat} here {own.compat}): serve the same model on both sides, or set model_id"
-        )
+    if different := identity.difference(own.compat, compat):
+        raise ProtocolError(f"peer has {different}")
 
 
 async def greet(connection: Connection, own: Identity) -> messages.Welcome:

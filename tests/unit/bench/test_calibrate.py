@@ -15,7 +15,7 @@ from lynx_connector.bench.calibration import resolve_dtype
 from lynx_connector.cli import app
 from lynx_connector.codec import KVGeometry
 from lynx_connector.codec.table_store import TableStore
-from lynx_connector.wire.identity import compatibility_hash
+from lynx_connector.wire.identity import tables_key
 
 
 @pytest.fixture
@@ -33,8 +33,8 @@ def producer_store(
 ) -> TableStore:
     """The store as the worker of a producer opens it."""
     geometry = KVGeometry(2, 2 // ranks, 64, dtype)
-    compat = compatibility_hash(str(model), ranks, asdict(geometry))
-    return TableStore(root, compat, rank, ranks, geometry)
+    key = tables_key(str(model), ranks, asdict(geometry))
+    return TableStore(root, key, rank, ranks, geometry)
 
 
 def test_a_producer_begins_with_the_tables(calibrate, make_text, model_folder, tmp_path):

@@ -16,7 +16,8 @@ from lynx_connector.testbed.trace import EventTail, Trace
 
 
 def event(t: float, name: str, transfer: str = "a", **fields):
-    return {"t": t, "event": name, "request": "r", "transfer": transfer, **fields}
+    line = {"t": t, "role": "producer", "event": name, "request": "r", "transfer": transfer}
+    return line | fields
 
 
 def speculative_events(begin: float = 100.0):

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from lynx_connector.cli import app
 from lynx_connector.telemetry.trace import ROWS, Timeline, TraceError, read_events, to_chrome
+from lynx_connector.testbed.trace import EventTail
 
 
 def event(t, name, role="producer", transfer="t1", engine="e1", **fields):
@@ -157,21 +158,49 @@ def test_a_line_that_is_being_written_is_left_out(write):
 
 
 @pytest.mark.parametrize(
-    ("lines", "message"),
+    ("line", "message"),
     [
-        (["not json\n"], "events:1: not JSON"),
-        ([prefill()[0], '{"t": \n'], "events:2: not JSON"),
-        (["[1]\n"], "events:1: not a JSON object"),
-        (['{"event": "x", "role": "producer"}\n'], "events:1: not an event of Lynx: 't' is None"),
-        (['{"t": 1, "event": 3, "role": "a"}\n'], "events:1: not an event of Lynx: 'event' is 3"),
-        ([], "events: no events"),
-        (['{"t": 1'], "events: no events"),
+        ("not json\n", "not JSON"),
+        ('{"t": \n', "not JSON"),
+        ("[1]\n", "not a JSON object"),
+        ('{"event": "x", "role": "producer"}\n', "not an event of Lynx: 't' is None"),
+        ('{"t": 1, "event": 3, "role": "a"}\n', "not an event of Lynx: 'event' is 3"),
+        ("[" * 100_000 + "\n", "not JSON"),
+        ("\x00" * 4096 + "\n", "not JSON"),
     ],
 )
-def test_bad_files_are_named_with_their_line(write, lines, message):
-    with pytest.raises(TraceError) as caught:
+def test_lines_that_are_no_events_are_passed_over_and_told(write, line, message):
+    events = read_events([write("events", prefill()[0], line, prefill()[1])])
+    assert [e["event"] for e in events] == [e["event"] for e in prefill()[:2]]
+    assert events.unreadable == 1
+    assert f"events:2: {message}" in events.why
+    with pytest.raises(TraceError, match="no events") as caught:
+        read_events([write("events", line)])
+    assert f"events:1: {message}" in str(caught.value)
+
+
+@pytest.mark.parametrize("lines", [[], ['{"t": 1']])
+def test_a_file_without_events_is_named(write, lines):
+    with pytest.raises(TraceError, match="events: no events"):
         read_events([write("events", *lines)])
-    assert message in str(caught.value)
+
+
+def test_an_event_behind_half_a_line_is_found(write):
+    """Another process went on where the first one met a full disk."""
+    whole = json.dumps(prefill()[0], separators=(",", ":"))
+    events = read_events([write("events", '{"t":1.5,"role":"prod' + whole + "\n")])
+    assert events == [prefill()[0]]
+    assert events.unreadable == 1
+
+
+def test_a_tail_passes_over_what_it_cannot_read(write):
+    path = write("events", prefill()[0], "half a li\n")
+    tail = EventTail([path])
+    tail.poll()
+    with path.open("a") as file:
+        file.write(json.dumps(prefill()[1]) + "\n[]\n")
+    assert tail.poll() == prefill()[:2]
+    assert tail.unreadable == 2
 
 
 def test_an_event_without_its_fields_is_an_error():
@@ -186,6 +215,15 @@ def test_the_command_writes_a_trace(write, tmp_path):
     assert result.exit_code == 0, result.output
     assert "1 requests" in result.output
     assert json.loads(out.read_text())["traceEvents"]
+    assert "passed over" not in result.output
+
+
+def test_the_command_says_what_it_passed_over(write, tmp_path):
+    file = write("p", *prefill()[:2], "half\n", "[]\n", *prefill()[2:])
+    result = CliRunner().invoke(app, ["trace", str(file), "-o", str(tmp_path / "trace.json")])
+    assert result.exit_code == 0, result.output
+    assert "2 lines could not be read and were passed over" in result.output
+    assert f"{file}:3: not JSON" in result.output.replace("\n", "")
 
 
 def test_the_command_explains_what_it_cannot_do(write, tmp_path):

@@ -79,6 +79,7 @@ def context(loop, cache, config, dtype, size=1, rank=0):
     return WorkerContext(
         config=config,
         identity=Identity(COMPAT, f"engine/{rank}"),
+        tables_key=COMPAT,
         rank=rank,
         tensor_parallel_size=size,
         geometry=geometry(dtype),
