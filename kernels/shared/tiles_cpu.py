@@ -7,14 +7,15 @@ into plain SIMD whatever the page's inner order is.
 
 Dtype conversions are done on integer bits, since numba has no 16-bit floats. Storing rounds to
 nearest even, as torch does, and saturates instead of making an infinity; NaN stays NaN.
-
-numba's disk cache watches only the file that defines a compiled kernel: after editing this file,
-delete the cached `*.nbi` of its users.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import hashlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -71,16 +72,30 @@ def storage_type(itemsize: int) -> types.Array:
     return types.Array(types.uint16 if itemsize == 2 else types.uint32, 1, "C")
 
 
+@functools.cache
+def _sources_digest() -> str:
+    """Of every file of this package; the same where they cannot be read."""
+    digest = hashlib.blake2b(digest_size=6)
+    for source in sorted(Path(__file__).parents[1].rglob("*.py")):
+        with contextlib.suppress(OSError):
+            digest.update(source.read_bytes())
+    return digest.hexdigest()
+
+
 def compile_kernel(
     function: Callable[..., Any], *argument_types: Any, result: Any = types.void
 ) -> Callable[..., Any]:
     """`function` compiled for exactly these types, GIL released, kept in numba's disk cache.
+
+    numba takes a cached kernel for current as long as the file that defines it is, whatever it has
+    inlined from others. So its name in the cache carries a digest of all sources.
 
     Explicit types, so that read-only frames do not cost a second compilation. numba writes the
     cache beside the source or, where that is read-only, below the user's cache directory; where
     neither is possible the kernel is compiled anew in each process.
     """
     signature = result(*argument_types)
+    function.__qualname__ = f"{function.__qualname__}_{_sources_digest()}"
     try:
         return numba.njit([signature], cache=True, **_OPTIONS)(function)
     except RuntimeError as error:
