@@ -15,6 +15,7 @@ from lynx_connector.config import LynxConfig
 from lynx_connector.consumer.admission import Admission
 from lynx_connector.consumer.bootstrap import BootstrapClient
 from lynx_connector.engine.metadata import (
+    HoldRequest,
     LoadRequest,
     LynxMetadata,
     LynxWorkerMetadata,
@@ -93,6 +94,7 @@ class ConsumerScheduler:
         self._decodes: dict[str, _Decode] = {}
         self._loads: list[LoadRequest] = []
         self._cancelled: list[tuple[str, str]] = []
+        self._holds: list[HoldRequest] = []
         self._releases: list[ReleaseRequest] = []
         self._started: list[str] = []
         self._refined: list[str] = []
@@ -131,6 +133,10 @@ class ConsumerScheduler:
             return
         decode.handoff = handoff
         decode.failure = self._admission.obstacle(request, handoff)
+        if decode.failure is None:
+            self._holds.append(
+                HoldRequest(handoff.transfer_id, handoff.remote_host, handoff.lynx.ports)
+            )
         decode.speculative = self._admission.starts_early(request, handoff)
         if decode.failure is None and self._admission.may_emit(request, handoff):
             decode.params = request.sampling_params
@@ -255,6 +261,7 @@ class ConsumerScheduler:
         for answer in [answer for answer in self._orphans if answer.done()]:
             self._orphans.remove(answer)
             self._give_back(answer)
+        metadata.holds, self._holds = self._holds, []
         metadata.releases, self._releases = self._releases, []
 
     def _give_back(self, answer: Future[dict[str, Any]]) -> None:

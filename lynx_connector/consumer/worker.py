@@ -91,6 +91,10 @@ class ConsumerWorker:
 
     def step(self, metadata: LynxMetadata) -> None:
         """Start new transfers and write what has landed."""
+        for hold in metadata.holds:
+            if self.rank < len(hold.ports):
+                address = (hold.host, hold.ports[self.rank])
+                self._loop.post(self._client.hold, address, hold.transfer_id)
         for release in metadata.releases:
             self._release(release, release.cause)
         self._queued.extend(metadata.loads)

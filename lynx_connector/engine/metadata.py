@@ -80,6 +80,15 @@ class LoadRequest:
 
 
 @dataclass(frozen=True)
+class HoldRequest:
+    """Consumer: keep a transfer's lease until it is loaded or released."""
+
+    transfer_id: str
+    host: str
+    ports: list[int]
+
+
+@dataclass(frozen=True)
 class ReleaseRequest:
     """Consumer: tell the producer that a transfer is not needed."""
 
@@ -102,6 +111,7 @@ class LynxMetadata:
     loads: list[LoadRequest] = field(default_factory=list)
     cancelled: list[tuple[str, str]] = field(default_factory=list)
     """Consumer: (request id, cause)."""
+    holds: list[HoldRequest] = field(default_factory=list)
     releases: list[ReleaseRequest] = field(default_factory=list)
 
 

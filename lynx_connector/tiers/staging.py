@@ -178,6 +178,13 @@ class StagingStore:
         transfer.touch()
         return transfer
 
+    def touch(self, transfer_id: str) -> None:
+        """A consumer says that it will come for a transfer."""
+        with self._lock:
+            transfer = self._transfers.get(transfer_id)
+        if transfer is not None:
+            transfer.touch()
+
     def drop(
         self, transfer_id: str, cause: str, event: TransferEvent = TransferEvent.DROP
     ) -> StagedTransfer | None:

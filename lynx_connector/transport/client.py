@@ -14,6 +14,7 @@ from lynx_connector.errors import LynxError, ProtocolError, TransferError
 from lynx_connector.telemetry.events import SILENT, EventLog
 from lynx_connector.transport.connection import Connection, checksum
 from lynx_connector.transport.handshake import Identity, greet
+from lynx_connector.transport.holds import Holds
 from lynx_connector.transport.tables import TablesSink, WantedTables
 from lynx_connector.wire import messages
 
@@ -21,6 +22,8 @@ logger = logging.getLogger("vllm.lynx.client")
 
 Address = tuple[str, int]
 CONNECT_SECONDS = 10.0
+PROBE_SECONDS = 2.0
+"""How long a producer that was silent for a whole timeout is given to answer the next fetch."""
 
 
 class Sink(Protocol):
@@ -98,8 +101,13 @@ class TierClient:
         message = messages.Fetch(sink.transfer_id, first_token, num_tokens, step_ms)
         self._spawn(self._fetch(address, sink, message))
 
+    def hold(self, address: Address, transfer_id: str) -> None:
+        """Keep a transfer's lease until it is fetched or released; never fails."""
+        self._peer(address).holds.add(transfer_id)
+
     async def _fetch(self, address: Address, sink: Sink, message: messages.Fetch) -> None:
         peer = self._peer(address)
+        peer.holds.discard(sink.transfer_id)
         peer.add(sink)
         try:
             await peer.want_tables(sink.tables)
@@ -171,6 +179,9 @@ class _Peer:
         self._connection: asyncio.Future[Connection] = asyncio.get_running_loop().create_future()
         self._name = f"{address[0]}:{address[1]}"
         self._wanted = WantedTables(self._name, tables)
+        self.holds = Holds(self.send)
+        self._silent = False
+        """It was silent for a whole timeout, and nothing was heard of it since."""
         self._complete: set[str] = set()
         """Transfers whose frames are all here, but not their tables."""
         self._keeping: set[asyncio.Task[None]] = set()
@@ -183,6 +194,7 @@ class _Peer:
 
     def forget(self, transfer_id: str) -> None:
         self.sinks.pop(transfer_id, None)
+        self.holds.discard(transfer_id)
         self._complete.discard(transfer_id)
 
     def fail(self, sink: Sink, cause: str) -> None:
@@ -203,14 +215,15 @@ class _Peer:
         """Connect, receive until the connection ends, then fail what is left."""
         cause = f"connection to {self._name} closed"
         connection = None
-        watchdog = asyncio.ensure_future(self._watch())
+        beside = [asyncio.ensure_future(self._watch())]
         try:
             connection, welcome = await connect(self.address, self._identity)
             self._connection.set_result(connection)
+            beside.append(asyncio.ensure_future(self._keep_leases()))
             await self.want_tables(welcome.tables)
             while True:
                 message = await connection.receive()
-                self._heard = time.monotonic()
+                self._heard, self._silent = time.monotonic(), False
                 if isinstance(message, messages.Frame):
                     await self._receive_frame(connection, message)
                 elif isinstance(message, messages.Tables):
@@ -229,8 +242,7 @@ class _Peer:
             cause = str(error)
         finally:
             self.lost = True
-            watchdog.cancel()
-            for task in self._keeping:
+            for task in (*beside, *self._keeping):
                 task.cancel()
             if not self._connection.done():
                 self._connection.set_exception(TransferError(cause))
@@ -334,13 +346,24 @@ class _Peer:
         task = asyncio.ensure_future(connection.send(release))
         task.add_done_callback(lambda done: done.cancelled() or done.exception())
 
+    async def _keep_leases(self) -> None:
+        with contextlib.suppress(TransferError, ConnectionError):  # `run` sees the end, and tells
+            await self.holds.run()
+
     async def _watch(self) -> None:
-        """A producer that is silent while transfers are open has hung, or its host is gone."""
+        """A producer that is silent while transfers are open has hung, or its host is gone.
+
+        The first transfers wait for the whole timeout; then it is known to be silent, and further
+        ones give it little time, until it is heard of again.
+        """
         while True:
             await asyncio.sleep(min(1.0, self._timeout / 4))
-            if self.sinks and time.monotonic() - self._heard > self._timeout:
+            patience = min(PROBE_SECONDS, self._timeout) if self._silent else self._timeout
+            if self.sinks and time.monotonic() - self._heard > patience:
+                known = "" if not self._silent else f", as for {self._timeout:g} s before"
+                self._silent = True
                 for sink in list(self.sinks.values()):
-                    self.fail(sink, f"{self._name}: silent for {self._timeout:g} s")
+                    self.fail(sink, f"{self._name}: silent for {patience:g} s{known}")
             for digest in self._wanted.overdue(self._timeout):
                 for sink in [sink for sink in self.sinks.values() if sink.tables == digest]:
                     cause = f"tables {digest} not sent within {self._timeout:g} s"

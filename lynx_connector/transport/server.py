@@ -137,6 +137,8 @@ class _Session:
                 message = await self._connection.receive()
                 if isinstance(message, messages.Fetch):
                     await self._fetch(message)
+                elif isinstance(message, messages.Hold):
+                    self._hold(message)
                 elif isinstance(message, messages.Release):
                     self._release(message)
                 elif isinstance(message, messages.TablesRequest):
@@ -178,6 +180,7 @@ class _Session:
             peer=self._connection.peer,
             first_token=fetch.first_token,
         )
+        self._connection.post(messages.Prefilling())
         self._prefilling[fetch.transfer_id] = transfer
         order, stream = server._sender.number(), None
         for tier in transfer.buffers.tiers:
@@ -188,6 +191,10 @@ class _Session:
                 )
                 server._sender.add(source)
         self.send_outcomes()
+
+    def _hold(self, hold: messages.Hold) -> None:
+        for transfer_id in hold.transfer_ids:
+            self._server._store.touch(transfer_id)
 
     def _want_tables(self, request: messages.TablesRequest) -> None:
         sender = self._server._sender

@@ -13,6 +13,8 @@ Version history:
     3  the first token: in the handoff, or in Prefilled after an early reply; Prefilling; the
        handoff says whether its reply was early, and names the prompt. Fetch names the
        consumer's step time, the handoff how many drafts are worth it.
+    4  Hold: a consumer keeps the lease of what it cannot fetch yet. Prefilling also answers a
+       Fetch, so that a producer that hangs is told from a busy one.
 """
 
 import struct
@@ -23,12 +25,13 @@ from msgspec import Meta
 
 from lynx_connector.errors import ProtocolError
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 
 SLOT_BYTES = 1024
 _LENGTH = struct.Struct("<4sI")
 _MAGIC = b"LYNX"
 MAX_CAUSE = 240
+MAX_HELD = 6  # ids of full length in one slot
 
 Text = Annotated[str, Meta(max_length=256)]
 Id = Annotated[str, Meta(min_length=1, max_length=128)]
@@ -100,6 +103,13 @@ class Fetch(Message):
     step_ms: Annotated[float, Meta(ge=0, le=600_000)] = 0.0
 
 
+class Hold(Message):
+    """Consumer: it will fetch these transfers, or release them; until then their leases start
+    anew. Unknown ones are passed over."""
+
+    transfer_ids: Annotated[list[Id], Meta(min_length=1, max_length=MAX_HELD)]
+
+
 class Release(Message):
     """Consumer: stop sending and drop the staging (`done`, `cancelled`, ...)."""
 
@@ -127,7 +137,8 @@ class Prefilled(Message):
 
 
 class Prefilling(Message):
-    """Producer, now and then: prefills that this connection waits for still run."""
+    """Producer: it is at work. At once after a Fetch, and now and then while prefills that this
+    connection waits for still run."""
 
 
 class TablesRequest(Message):
@@ -190,6 +201,7 @@ AnyMessage = (
     | Ready
     | Refused
     | Fetch
+    | Hold
     | Release
     | Failure
     | Prefilled

@@ -58,7 +58,7 @@ class RogueProducer:
 def handoff(transfer_id: str, num_tokens: int, port: int, **lynx: object) -> dict:
     """kv_transfer_params of a decode leg."""
     ours = {
-        "version": 3,
+        "version": 4,
         "num_tokens": num_tokens,
         "codec": "hadamard",
         "exact_first": 1,

@@ -71,7 +71,7 @@ def check_both(pair, strict, reference, make_params, cause):
     ("change", "cause"),
     [
         ({"remote_host": None}, "remote_host"),
-        ({"lynx": {"version": 3}}, "num_tokens"),
+        ({"lynx": {"version": 4}}, "num_tokens"),
         ({"lynx": None}, "lynx"),
     ],
 )

@@ -140,7 +140,7 @@ def run(half, name, params=None):
 
 def handoff(**lynx):
     ours = {
-        "version": 3,
+        "version": 4,
         "num_tokens": 100,
         "codec": "hadamard",
         "exact_first": 1,

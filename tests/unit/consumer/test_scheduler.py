@@ -149,3 +149,16 @@ def test_reports_of_ranks_add_up():
     assert not LynxWorkerMetadata()
     assert both.refined == {"a": 2, "c": 1}
     assert both.failed == {"b": "x"}
+
+
+def test_the_lease_is_kept_from_when_the_request_is_known():
+    half = consumer()
+    waiting, unusable = request("r", params=handoff()), request("u", params=handoff(num_tokens=99))
+    unusable.kv_transfer_params["remote_request_id"] = "other"
+    half.add(waiting)
+    half.add(unusable)
+    metadata = LynxMetadata()
+    half.fill(metadata, {})
+    assert [(hold.transfer_id, hold.ports) for hold in metadata.holds] == [("t", [7600])]
+    half.fill(again := LynxMetadata(), {})
+    assert again.holds == []

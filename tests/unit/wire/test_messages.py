@@ -19,6 +19,7 @@ MESSAGES = [
     messages.Ready(),
     messages.Refused("why"),
     messages.Fetch("id", 0, 4096),
+    messages.Hold(["t", "u"]),
     messages.Release("id", "done"),
     messages.Failure("id", "unknown transfer"),
     messages.Prefilled("id", 49151),

@@ -130,9 +130,10 @@ def test_kernels_are_compiled_before_there_are_tables(producer, consumer, monkey
     assert compiled == [4, 4]
 
 
-def test_a_restarted_consumer_has_its_tables(warm, consumer, tables):
+def test_a_restarted_consumer_has_its_tables(warm, consumer, tables, tmp_path):
     plan = warm.plan("klt", [tables.digest])
     assert send(warm, consumer(), "r", plan) is None
+    until(lambda: any((tmp_path / "consumer").rglob(f"{tables.digest}.tables")))
     assert send(warm, consumer(), "again", plan) is None
     assert len(warm.events.named("tables_sent")) == 1
     assert send(warm, consumer(folder="another"), "third", plan) is None
