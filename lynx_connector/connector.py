@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from lynx_connector.config import LynxConfig, PlanMode
 from lynx_connector.consumer.scheduler import ConsumerScheduler
 from lynx_connector.engine import compat, served
+from lynx_connector.engine.cache_spec import NULL_BLOCK
 from lynx_connector.engine.compat import (
     KVConnectorBase_V1,
     KVConnectorHandshakeMetadata,
@@ -269,6 +270,7 @@ class LynxConnector(KVConnectorBase_V1):
             block_size=self._block_size,
             loop=self._loop,
             events=self._events,
+            null_block=NULL_BLOCK,
             tap_queries=functools.partial(compat.tap_queries, vllm_config, list(kv_caches)),
         )
         if transfer.is_kv_producer:

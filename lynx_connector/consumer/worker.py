@@ -10,6 +10,8 @@ import logging
 import time
 from collections import deque
 
+import numpy as np
+
 from lynx_connector.codec import Tier
 from lynx_connector.codec.cache import CodecCache
 from lynx_connector.codec.table_store import TableStore
@@ -43,6 +45,7 @@ class ConsumerWorker:
         self.rank = context.rank
         self._geometry = context.geometry
         self._block_size = context.block_size
+        self._null_block = context.null_block
         self._loop = context.loop
         self._events = context.events
         self._budget = StagingBudget(int(config.staging_bytes))
@@ -142,9 +145,17 @@ class ConsumerWorker:
                     self._codecs.get("bf16"),
                     exact_tier=load.final_tier == FinalTier.EXACT,
                 )
+                slots = slots_of(
+                    TokenRange(load.first_token, load.num_tokens),
+                    load.block_ids,
+                    load.first_token // self._block_size,
+                    self._block_size,
+                    self._null_block,
+                )
             except LynxError as error:
                 self._queued.popleft()
                 self._fail_load(load, str(error))
+                self._release(load, f"failed: {error}")
                 continue
             buffers = TierBuffers(pieces)
             if buffers.num_bytes > self._budget.limit:
@@ -161,13 +172,16 @@ class ConsumerWorker:
             if reservation is None:
                 return  # oldest first: wait until earlier transfers give memory back
             self._queued.popleft()
-            self._start(load, buffers, reservation)
+            self._start(load, buffers, slots, reservation)
 
-    def _start(self, load: LoadRequest, buffers: TierBuffers, reservation: Reservation) -> None:
+    def _start(
+        self,
+        load: LoadRequest,
+        buffers: TierBuffers,
+        slots: np.ndarray,
+        reservation: Reservation,
+    ) -> None:
         buffers.allocate()
-        tokens = TokenRange(load.first_token, load.num_tokens)
-        first_block = load.first_token // self._block_size
-        slots = slots_of(tokens, load.block_ids, first_block, self._block_size)
         tables = load.tables[self.rank] if load.tables else ""
         transfer = InboundTransfer(load, buffers, slots, self._geometry, reservation, tables)
         self._tables.hold(tables)

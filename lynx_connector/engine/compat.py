@@ -26,6 +26,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
 
 from lynx_connector import __version__
 from lynx_connector.config import LynxConfig, StartMode
+from lynx_connector.engine.cache_spec import check_cache_spec
 from lynx_connector.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -93,15 +94,12 @@ def check_supported(vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig |
         )
     if kv_cache_config is None:
         return
-    if kv_cache_config.has_mamba_layers:
+    groups = kv_cache_config.kv_cache_groups
+    for group in groups:  # the first that is refused tells more than their number
+        check_cache_spec(group.kv_cache_spec)
+    if len(groups) != 1:
         raise ConfigError(
-            "the model has Mamba layers, whose state LynxConnector cannot move; "
-            "use another connector for this model"
-        )
-    groups = len(kv_cache_config.kv_cache_groups)
-    if groups != 1:
-        raise ConfigError(
-            f"the model has {groups} KV cache groups; LynxConnector supports one "
+            f"the model has {len(groups)} KV cache groups; LynxConnector supports one "
             "(attention layers of one shape)"
         )
 

@@ -34,5 +34,8 @@ class WorkerContext:
     """vLLM's block size in tokens."""
     loop: TransportLoop
     events: EventLog
+    null_block: int | None = None
+    """Block that belongs to nobody and must not be touched; None where every block is somebody's.
+    """
     tap_queries: Callable[[Callable[[int, Any, Any], None]], Callable[[], None]] | None = None
     """Shows attention's queries, as `QuerySampler` wants; None where nothing can."""

@@ -17,6 +17,7 @@ from lynx_kernels.shared.rotation import Rotation
 
 from lynx_connector.codec.query_energy import QUERY_STRIDE
 from lynx_connector.engine.metadata import EncodeChunk
+from lynx_connector.errors import TransferError
 from lynx_connector.tiers.pieces import TokenRange, slots_of
 
 logger = logging.getLogger("vllm.lynx.tables")
@@ -79,7 +80,10 @@ class QuerySampler:
             if not len(tokens):
                 continue
             first_block = chunk.start // self._block_size
-            slots = slots_of(tokens, chunk.block_ids, first_block, self._block_size)
+            try:
+                slots = slots_of(tokens, chunk.block_ids, first_block, self._block_size)
+            except TransferError:
+                continue  # its encoding fails, and says why
             room = max(MAX_SAMPLES - len(self._positions), 0)
             count = min(-(-len(tokens) // QUERY_STRIDE), room)
             picked = np.linspace(0, len(tokens) - 1, count).astype(np.int64)

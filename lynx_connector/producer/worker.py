@@ -22,6 +22,7 @@ from lynx_connector.codec.table_store import TableStore
 from lynx_connector.config import EXACT_FIRST_TOKENS, FALLBACK_CODEC, FinalTier
 from lynx_connector.engine.metadata import EncodeChunk, LynxMetadata
 from lynx_connector.engine.worker_context import WorkerContext
+from lynx_connector.errors import TransferError
 from lynx_connector.producer.encoder import ChunkEncoder
 from lynx_connector.producer.learning import OnlineLearning, start_learning
 from lynx_connector.producer.queries import QuerySample, QuerySampler
@@ -63,6 +64,7 @@ class ProducerWorker:
         self._cache = context.cache
         self._stream = SideStream(context.cache.device)
         self._block_size = context.block_size
+        self._null_block = context.null_block
         self._loop = context.loop
         self._events = context.events
         self.rank = context.rank
@@ -233,7 +235,15 @@ class ProducerWorker:
                 continue
             tokens = TokenRange(chunk.start, chunk.end)
             first_block = chunk.start // self._block_size
-            slots = slots_of(tokens, chunk.block_ids, first_block, self._block_size)
+            try:
+                slots = slots_of(
+                    tokens, chunk.block_ids, first_block, self._block_size, self._null_block
+                )
+            except TransferError as error:
+                logger.error("lynx: request %s: %s", chunk.request_id, error)
+                self._store.drop(transfer.transfer_id, f"prefill could not encode: {error}")
+                self._loop.post(self._server.notify)
+                continue
             with self._pending_changed:
                 self._pending[chunk.request_id] = self._pending.get(chunk.request_id, 0) + 1
             self._jobs.put(_Job(transfer, chunk, tokens, slots, queries, ready))

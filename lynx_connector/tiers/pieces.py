@@ -14,6 +14,7 @@ import numpy as np
 
 from lynx_connector.codec import Codec, Tier
 from lynx_connector.codec.types import RowLayout
+from lynx_connector.errors import TransferError
 from lynx_connector.tiers.raw_vectors import RawVectors
 
 EXACT_ESTIMATE_BITS = {"bfloat16": 3.5, "float16": 6.5, "float32": 19.5}
@@ -184,12 +185,32 @@ class TierBuffers:
 
 
 def slots_of(
-    tokens: TokenRange, block_ids: list[int], first_block: int, block_size: int
+    tokens: TokenRange,
+    block_ids: Sequence[int],
+    first_block: int,
+    block_size: int,
+    null_block: int | None = None,
 ) -> np.ndarray:
     """Slot (block_id * block_size + offset) of every token, int64 [tokens].
 
-    `block_ids[0]` holds the tokens from `first_block * block_size` on.
+    `block_ids[0]` holds the tokens from `first_block * block_size` on. `null_block` belongs to
+    nobody: it stands where a request has no block.
+
+    Raises:
+        TransferError: a token has no block of its own.
     """
     positions = np.arange(tokens.start, tokens.end, dtype=np.int64)
+    blocks = positions // block_size - first_block
     table = np.asarray(block_ids, dtype=np.int64)
-    return table[positions // block_size - first_block] * block_size + positions % block_size
+    if len(blocks) and not 0 <= blocks[0] <= blocks[-1] < len(table):
+        raise TransferError(
+            f"tokens {tokens.start} to {tokens.end} have no KV blocks of their own: the request "
+            f"has {len(table)} blocks from token {first_block * block_size} on"
+        )
+    used = table[blocks[0] : blocks[-1] + 1] if len(blocks) else table[:0]
+    if len(np.unique(used)) != len(used) or (used < 0).any() or null_block in used:
+        raise TransferError(
+            f"tokens {tokens.start} to {tokens.end} have no KV blocks of their own: vLLM gave "
+            "some of them back, or named one twice"
+        )
+    return table[blocks] * block_size + positions % block_size

@@ -20,7 +20,7 @@ GEOMETRY = KVGeometry(30, 3, 64, "float32")
 
 def compatibility_of(log: Path) -> str:
     """The hash that a prefill server printed at start-up."""
-    return re.findall(r"compatibility ([0-9a-f]{32})", log.read_text())[-1]
+    return re.findall(r"compatibility (model:[0-9a-z:|]+)", log.read_text())[-1]
 
 
 class RogueProducer:
