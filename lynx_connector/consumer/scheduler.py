@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lynx_connector.config import LynxConfig
-from lynx_connector.consumer.admission import Admission
+from lynx_connector.consumer.admission import Admission, OtherPromptError
 from lynx_connector.consumer.bootstrap import BootstrapClient
 from lynx_connector.engine.metadata import (
     HoldRequest,
@@ -21,6 +21,7 @@ from lynx_connector.engine.metadata import (
     LynxWorkerMetadata,
     ReleaseRequest,
 )
+from lynx_connector.engine.requests import member
 from lynx_connector.errors import LynxError, ProtocolError
 from lynx_connector.plan.meters import StepMeter
 from lynx_connector.scheduler import first_token
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 logger = logging.getLogger("vllm.lynx.consumer")
+
+CLAIM_SECONDS = 2.0
+"""How long a handoff of another prompt waits for the one of a list that it belongs to."""
 
 
 @dataclass
@@ -49,6 +53,11 @@ class _Decode:
     """The router's name of the transfer, in Mooncake's shape."""
     allocated: bool = False
     """The load's blocks are allocated: the worker owns the transfer now."""
+    arrived: bool = False
+    """Its load has landed, or failed."""
+    behind: str | None = None
+    """The request of the same client that loads the same prompt: this one finds it in the prefix
+    cache."""
     ended: bool = False
     """No tokens are offered any more: loaded, failed, cancelled or not needed."""
     refined_ranks: int = 0
@@ -89,6 +98,9 @@ class ConsumerScheduler:
         self._steps = StepMeter()
         self._bootstrap = BootstrapClient(config.transfer_timeout_seconds)
         self._waiting = WaitingRoom(waiting_tokens)
+        self._unclaimed: dict[str, tuple[Handoff, float]] = {}
+        """Handoffs of another prompt than the request's that came with them, and since when: of a
+        list of prompts, another one may need them."""
         self._orphans: list[Future[dict[str, Any]]] = []
         """Ended before their handoff was known: what the prefill holds is to be given back."""
         self._decodes: dict[str, _Decode] = {}
@@ -113,7 +125,7 @@ class ConsumerScheduler:
             if leg is None:
                 self._settle(request, decode, params)
             elif user := self._user_of(leg.transfer_id):
-                decode.failure = f"transfer is already used by request {user}"
+                self._share(request, decode, user)
             else:
                 decode.routed_as = leg.transfer_id
                 decode.resolving = self._bootstrap.resolve(leg)
@@ -128,11 +140,17 @@ class ConsumerScheduler:
         """
         handoff = parse_handoff(params)
         if user := self._user_of(handoff.transfer_id):
-            # Without the handoff, so that giving up does not take it from its first user.
-            decode.failure = f"transfer is already used by request {user}"
+            self._share(request, decode, user)
             return
+        try:
+            obstacle = self._admission.obstacle(request, handoff)
+        except OtherPromptError as error:
+            self._unclaimed[handoff.transfer_id] = handoff, time.monotonic()
+            self._compute_here(request.request_id, decode, str(error), handoff)
+            return
+        self._unclaimed.pop(handoff.transfer_id, None)
         decode.handoff = handoff
-        decode.failure = self._admission.obstacle(request, handoff)
+        decode.failure = obstacle
         if decode.failure is None:
             self._holds.append(
                 HoldRequest(handoff.transfer_id, handoff.remote_host, handoff.lynx.ports)
@@ -147,6 +165,38 @@ class ConsumerScheduler:
                 return name
         return None
 
+    def _share(self, request: "Request", decode: _Decode, user: str) -> None:
+        """A second request brings the same transfer. Those of one client (n > 1, a list of prompts)
+        are computed here, where they share its prompt from the prefix cache; others are an error.
+
+        Without the handoff, so that giving up does not take it from its first user.
+        """
+        ours, theirs = member(request.request_id), member(user)
+        if ours.family != theirs.family:
+            decode.failure = f"transfer is already used by request {user}"
+        elif ours.prompt == theirs.prompt:
+            decode.behind = user
+        else:
+            decode.ended = True
+            self._events("not_loaded", request.request_id, None, start="local")
+
+    def _compute_here(self, request_id: str, decode: _Decode, cause: str, handoff: Handoff) -> None:
+        """Nothing is lost: whatever the policy says of failed transfers."""
+        decode.ended, decode.failure = True, cause
+        if member(request_id).prompt:  # the reply of a prefill leg names the first of a list
+            self._events("not_loaded", request_id, handoff.transfer_id, start="local")
+            return
+        logger.warning("lynx: request %s: prompt is computed here: %s", request_id, cause)
+        self._events(
+            "failed", request_id, handoff.transfer_id, cause=cause, peer=handoff.remote_host
+        )
+        self._events("not_loaded", request_id, handoff.transfer_id, start="recompute")
+
+    def _waits_behind(self, decode: _Decode) -> bool:
+        """Whether the request that it shares a prompt with is still about to bring it."""
+        first = self._decodes.get(decode.behind or "")
+        return first is not None and not first.arrived and not (first.ended and not first.allocated)
+
     def match(self, request: "Request", num_computed_tokens: int) -> tuple[int | None, bool]:
         """Tokens to load beyond the local prefix cache, and whether asynchronously.
 
@@ -155,12 +205,20 @@ class ConsumerScheduler:
         decode = self._decodes.get(request.request_id)
         if decode is None or decode.ended:
             return 0, False
-        count = request.num_prompt_tokens - num_computed_tokens
+        if decode.behind is not None:
+            if self._waits_behind(decode):
+                return None, False
+            decode.ended = True
+            self._events("not_loaded", request.request_id, None, start="local")
+            return 0, False
+        count = _tokens_of(request, decode) - num_computed_tokens
         if count <= 1:
             # Only the last token is missing, and the first decode step computes that one anyway.
             return 0, False
-        if decode.resolving is not None and not self._resolved(request, decode):
-            return None, False
+        if decode.resolving is not None:
+            if not self._resolved(request, decode):
+                return None, False
+            return self.match(request, num_computed_tokens)
         if decode.failure is not None and self._recompute:
             self._give_up(request.request_id, decode, decode.failure)
             return 0, False
@@ -208,7 +266,7 @@ class ConsumerScheduler:
         decode.ended = decode.allocated = True
         if decode.failure is None and decode.handoff is not None and decode.handoff.lynx.early:
             self._waiting.enter(request_id, num_external)
-        num_tokens = request.num_prompt_tokens
+        num_tokens = _tokens_of(request, decode)
         first_token = num_tokens - num_external
         block_ids = blocks.get_block_ids()[0]
         first_block = first_token // self._block_size
@@ -258,6 +316,7 @@ class ConsumerScheduler:
         self._steps.step(scheduled)
         metadata.loads, self._loads = self._loads, []
         metadata.cancelled, self._cancelled = self._cancelled, []
+        self._give_up_unclaimed()
         for answer in [answer for answer in self._orphans if answer.done()]:
             self._orphans.remove(answer)
             self._give_back(answer)
@@ -274,7 +333,13 @@ class ConsumerScheduler:
     @property
     def has_orphans(self) -> bool:
         """Whether `fill` has to be called again though no request is left."""
-        return bool(self._orphans)
+        return bool(self._orphans or self._unclaimed)
+
+    def _give_up_unclaimed(self) -> None:
+        now = time.monotonic()
+        late = [name for name, (_, since) in self._unclaimed.items() if now - since > CLAIM_SECONDS]
+        for name in late:
+            self._release(self._unclaimed.pop(name)[0], "consumer has another prompt")
 
     def stop(self) -> None:
         """End the thread that asks bootstrap servers."""
@@ -284,6 +349,8 @@ class ConsumerScheduler:
         """Loads that vLLM need not wait for any more: landed, failed or cancelled."""
         for request_id in request_ids:
             self._waiting.leave(request_id)
+            if decode := self._decodes.get(request_id):
+                decode.arrived = True
 
     def update(self, report: LynxWorkerMetadata) -> None:
         """What the workers reported in this step."""
@@ -386,6 +453,11 @@ class ConsumerScheduler:
             seconds = 0.0 if since is None else time.monotonic() - since
             fields["drafting_seconds"] = round(seconds, 4)
         self._events(name, request_id, decode.transfer_id if decode else None, **fields)
+
+
+def _tokens_of(request: "Request", decode: _Decode) -> int:
+    """Prompt tokens that its prefill has computed: all, or fewer where a router appended some."""
+    return decode.handoff.lynx.num_tokens if decode.handoff else request.num_prompt_tokens
 
 
 def _host(decode: _Decode) -> str | None:

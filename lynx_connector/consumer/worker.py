@@ -134,6 +134,8 @@ class ConsumerWorker:
             if load.failure is not None:
                 self._queued.popleft()
                 self._fail_load(load, load.failure)
+                if load.transfer_id:
+                    self._release(load, "consumer cannot load it: " + load.failure)
                 continue
             try:
                 pieces = plan_pieces(

@@ -7,6 +7,7 @@ Pure Python; runs without torch.
 import logging
 import time
 import uuid
+from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ from lynx_connector.engine.metadata import (
     LynxWorkerMetadata,
     PrefillOutcome,
 )
+from lynx_connector.engine.requests import adapter_of, is_extra, media_of, member
 from lynx_connector.plan.planner import Planner
 from lynx_connector.plan.policy import Choice, Wanted
 from lynx_connector.plan.taper import Unsent
@@ -42,6 +44,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("vllm.lynx.producer")
 
+MAX_SHARED = 1024
+"""Replies kept for the others of n."""
+
 
 @dataclass
 class _Prefill:
@@ -51,6 +56,8 @@ class _Prefill:
     num_tokens: int
     prompt: str
     """Digest of its token ids."""
+    adapter: str = ""
+    """Its LoRA adapter's name."""
     routed_as: str | None = None
     """The router's name of the transfer, in Mooncake's shape."""
     hashes: list[bytes] = field(default_factory=list)
@@ -121,6 +128,11 @@ class ProducerScheduler:
         """Given up by their consumer while they run."""
         self._refused: list[str] = []
         """Prefill legs that cannot be handed over."""
+        self._extras: dict[str, tuple[str, int]] = {}
+        """Further requests of a client's prefill leg (n > 1, a list of prompts), whose transfers
+        nobody could fetch: family and prompt by request id."""
+        self._shared: OrderedDict[tuple[str, int], dict[str, Any]] = OrderedDict()
+        """What the first of n replied, since the last one's reply is the one that is sent."""
         self._room = StagingRoom(
             int(config.staging_bytes), tensor_parallel_size, config.staging_wait_seconds
         )
@@ -163,13 +175,18 @@ class ProducerScheduler:
         """A new request; followed if a decode instance is to go on with it."""
         params = request.kv_transfer_params
         if params and params.get("do_remote_decode"):
+            if is_extra(request.request_id):
+                self._prepare(request)
+                self._extras[request.request_id] = member(request.request_id)[:2]
+                return
             routed_as = params.get("transfer_id") if self._bootstrap is not None else None
             if routed_as is not None and not self._expect(request.request_id, routed_as):
                 return
             self._prefills[request.request_id] = _Prefill(
                 uuid.uuid4().hex,
                 request.num_prompt_tokens,
-                prompt_digest(request.prompt_token_ids),
+                prompt_digest(request.prompt_token_ids, media_of(request)),
+                adapter_of(request),
                 routed_as,
                 sampling=self._prepare(request),
                 hashes=self._hashes(request),
@@ -321,6 +338,8 @@ class ProducerScheduler:
         consumer hears of either.
         """
         request_id = request.request_id
+        if extra := self._extras.pop(request_id, None):
+            return False, self._shared.get(extra) if extra[1] == 0 else None
         prefill = self._prefills.pop(request_id, None)
         if prefill is None:
             return False, None
@@ -387,9 +406,15 @@ class ProducerScheduler:
                 prompt=prefill.prompt,
                 first_token=token,
                 sampling=prefill.sampling,
+                adapter=prefill.adapter,
             ),
         )
         params = handoff.params()
+        place = member(request_id)
+        if place.child is not None:
+            self._shared[place[:2]] = params
+            while len(self._shared) > MAX_SHARED:
+                self._shared.popitem(last=False)
         if self._bootstrap is not None and prefill.routed_as is not None:
             self._bootstrap.publish(prefill.routed_as, params)
         return params
@@ -411,6 +436,7 @@ class ProducerScheduler:
         if (
             request.max_tokens != 1
             or request.resumable
+            or member(request.request_id).child is not None  # all of them are answered at once
             or sampling is None
             or sampling.prompt_logprobs is not None
         ):

@@ -26,6 +26,7 @@ FAILURES: dict[str, tuple[str, ...]] = {
     "staging_full": ("staging is full", "exceeds this instance's staging_bytes", "is too small"),
     "prefill_failed": ("before its prefill did", "prefill failed", "prefill ended"),
     "encode_failed": ("prefill cannot encode", "prefill could not encode"),
+    "other_prompt": ("prefill computed",),
     "authentication": ("shared secret",),
     "incompatible": (
         "speaks protocol",

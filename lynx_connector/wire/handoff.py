@@ -2,6 +2,7 @@
 """What a router carries from a prefill to its decode leg, in the NIXL connector's or Mooncake's
 shape, and what a prefill's bootstrap server says of it."""
 
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -47,6 +48,8 @@ class LynxParams(msgspec.Struct, forbid_unknown_fields=False):
     """`prompt_digest` of the prompt; empty where it has no token ids."""
     first_token: TokenId | None = None
     sampling: MaybeDigest = ""
+    adapter: Text = ""
+    """Name of the LoRA adapter that the prompt was computed with; empty: none."""
 
 
 class Handoff(msgspec.Struct, forbid_unknown_fields=False):
@@ -106,11 +109,17 @@ class BootstrapAnswer(msgspec.Struct, omit_defaults=True):
     cause: Text = ""
 
 
-def prompt_digest(token_ids: list[int] | None) -> str:
-    """xxh3-64 of a prompt's token ids (int64, little-endian) as hex; empty for None."""
+def prompt_digest(token_ids: list[int] | None, media: Iterable[str] = ()) -> str:
+    """xxh3-64 of a prompt's token ids (int64, little-endian) as hex; empty for None.
+
+    media: vLLM's hashes of the images and the like that stand behind placeholders.
+    """
     if token_ids is None:
         return ""
-    return xxhash.xxh3_64_hexdigest(np.asarray(token_ids, "<i8").tobytes())
+    digest = xxhash.xxh3_64(np.asarray(token_ids, "<i8").tobytes())
+    for one in media:
+        digest.update(one.encode() + b"\0")
+    return digest.hexdigest()
 
 
 def parse_mooncake_leg(params: dict[str, Any]) -> MooncakeLeg | None:

@@ -65,7 +65,6 @@ def test_seeded_requests_draft_where_seeds_survive():
 @pytest.mark.parametrize(
     ("params", "cause"),
     [
-        (handoff(num_tokens=99), "same tokenizer"),
         (handoff(ports=[1, 2]), "tensor_parallel_size"),
         ({"do_remote_prefill": True}, "no key 'lynx'"),
         (handoff(codec="klt"), "needs 1 tables"),

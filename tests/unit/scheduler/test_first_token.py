@@ -97,7 +97,7 @@ def test_nothing_is_handed_over_that_would_not_be_exact_or_complete(sampling):
 
 
 def test_children_of_a_request_with_n_above_one_hand_nothing_over():
-    assert reply(request("1_cmpl-7", params=PREFILL))["first_token"] is None
+    assert reply(request("0_cmpl-7", params=PREFILL))["first_token"] is None
     assert reply(request("cmpl-1_7", params=PREFILL))["first_token"] == TOKEN
 
 
