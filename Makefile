@@ -3,14 +3,16 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+# Two workers fill two cores; a file stays with one of them, and with what it has set up.
+IN_PARALLEL := -n logical --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint clean
+.PHONY: help setup demo test test-fast lint clean
 
 help: ## list the targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
 	@echo
-	@echo 'Variables: PYTHON (>= 3.11), ARGS (for demo: options of `lynx demo`; for test: of pytest)'
+	@echo 'Variables: PYTHON (>= 3.11), ARGS (for demo: options of `lynx demo`; for tests: of pytest)'
 
 setup: ## make .venv with vLLM for this machine, and the small model
 	@$(PYTHON) -m scripts.setup
@@ -19,7 +21,15 @@ demo: setup ## two vLLM servers and a router: one prompt, speculative and blocki
 	@$(BIN)/lynx demo $(ARGS)
 
 test: setup ## all tests that this machine can run
+ifdef ARGS
 	$(BIN)/python -m pytest $(ARGS)
+else
+	$(BIN)/python -m pytest $(IN_PARALLEL) tests/unit
+	$(BIN)/python -m pytest --ignore tests/unit
+endif
+
+test-fast: setup ## the tests that need no vLLM server or engine, at most 4 minutes
+	$(BIN)/python -m pytest $(IN_PARALLEL) tests/unit $(ARGS)
 
 lint: setup ## ruff, mypy and import-linter
 	$(BIN)/ruff check .

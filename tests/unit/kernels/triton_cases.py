@@ -174,7 +174,8 @@ def cut_chunks(codec: str, dtype: str, device: str) -> None:
     """Chunks larger than the buffer are cut; no token is no work, and warmup writes nothing."""
 
     def make(seed: int) -> PagedKVCache:
-        return on(build_cache("flash", blocks=2, dtype=DTYPES[dtype], seed=seed), device)
+        small = {"layers": 1, "heads": 1, "blocks": 2}  # klt takes long to interpret
+        return on(build_cache("flash", **small, dtype=DTYPES[dtype], seed=seed), device)
 
     cache = make(0)
     tested = codec_of(codec, cache)
@@ -185,7 +186,7 @@ def cut_chunks(codec: str, dtype: str, device: str) -> None:
     device_path.encode(tested, cache, none, empty, 0)
     device_path.decode(tested, list(empty.values()), cache, none, 0)
     assert torch.equal(everything(cache), before)
-    size, device_path.BUFFER_BYTES = device_path.BUFFER_BYTES, 10_000
+    size, device_path.BUFFER_BYTES = device_path.BUFFER_BYTES, 1_600
     try:
         check(tested, make, np.arange(30)[::-1].copy())
     finally:

@@ -58,7 +58,7 @@ def test_without_lateness_all_of_a_rank_goes_before_the_next_and_the_oldest_firs
 
 @settings(deadline=None, max_examples=10)
 @given(st.integers(0, 10_000))
-def test_thousands_of_requests_on_an_overloaded_link(seed):
+def test_a_rush_of_requests_on_an_overloaded_link(seed):
     """Anchors alone are more than the link carries: nothing starves, and lateness costs the
     anchors no more than its share."""
     rng = random.Random(seed)
@@ -67,7 +67,7 @@ def test_thousands_of_requests_on_an_overloaded_link(seed):
     waiting, done, aged_bytes, all_bytes = [], [], 0, 0
     number = 0
     # Each brings an anchor of 1.2 frames every 10 ms: 120 % of the link.
-    for _ in range(1000):
+    for _ in range(250):  # each step looks at all that wait
         for rank in (0, 1, 2):
             item = Item(rank, number, int(1.2 * FRAME) if rank == 0 else FRAME, added=now)
             order.add(item)
