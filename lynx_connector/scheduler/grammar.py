@@ -33,6 +33,21 @@ def can_draft(request: Request, manager: StructuredOutputManager) -> bool:
     return type(grammar).__name__ == "XgrammarGrammar" and manager._get_reasoner(request) is None
 
 
+def advance(request: Request, token: int) -> int | None:
+    """By how many steps the request's grammar moves on with a draft; None: it does not allow it.
+
+    0 behind the end of a grammar, where a request with ignore_eos goes on unconstrained: what was
+    no step must not be taken back, either.
+    """
+    if not request.use_structured_output:
+        return 0
+    grammar = request.structured_output_request.grammar
+    before = grammar.num_processed_tokens
+    if not grammar.accept_tokens(request.request_id, [token]):
+        return None
+    return grammar.num_processed_tokens - before
+
+
 def roll_back(request: Request, steps: int) -> None:
     """Take `steps` drafts back from the request's grammar."""
     if steps:
@@ -43,12 +58,11 @@ def row_masks(
     request: Request, drafts: Sequence[int], rows: range, manager: StructuredOutputManager
 ) -> np.ndarray:
     """Bit masks int32 [len(rows), ceil(vocabulary / 32)] for rows that have read `drafts`."""
-    grammar = request.structured_output_request.grammar
     ahead = 0
     for token in drafts[: rows.start]:
-        if not grammar.accept_tokens(request.request_id, [token]):
+        if (steps := advance(request, token)) is None:
             break
-        ahead += 1
+        ahead += steps
     masks = manager.grammar_bitmask(
         {request.request_id: request},
         [request.request_id],

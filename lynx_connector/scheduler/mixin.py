@@ -253,12 +253,11 @@ class SpeculativeStartMixin(_Base):
         if reason is not None:
             return
         request.append_output_token_ids(token)
-        if request.use_structured_output:
-            if self.structured_output_manager.accept_tokens(request, [token]):
-                drafting.grammar_steps += 1
-            else:
-                drafting.drafts.pop()
-                drafting.pause(PauseReason.GRAMMAR)
+        if (steps := grammar.advance(request, token)) is None:
+            drafting.drafts.pop()
+            drafting.pause(PauseReason.GRAMMAR)
+        else:
+            drafting.grammar_steps += steps
 
     def _pause(self, request: Request, drafting: Drafting) -> None:
         hooks.freeze(request)

@@ -12,16 +12,23 @@ if TYPE_CHECKING:
     from ..harness import Harness
 
 
-def _regex(regex: str) -> dict[str, Any]:
+def _regex(regex: str, ignore_eos: bool = False) -> dict[str, Any]:
     from vllm.sampling_params import StructuredOutputsParams
 
-    return {"structured_outputs": StructuredOutputsParams(regex=regex), "ignore_eos": False}
+    return {"structured_outputs": StructuredOutputsParams(regex=regex), "ignore_eos": ignore_eos}
 
 
 @case
 def structured_output(h: Harness) -> None:
     reference = equal(h, "B", **_regex("[a-h]{6}-([0-9]{4}|[x-z]{9})(,[p-w]{2})+"))
     assert reference.text[6] == "-"
+
+
+@case
+def structured_output_that_ends_before_the_drafts(h: Harness) -> None:
+    """With ignore_eos a request goes on, unconstrained, behind the end of its grammar."""
+    reference = equal(h, "B", **_regex("[a-h]{6}", ignore_eos=True))
+    assert len(reference.token_ids) > 20
 
 
 @case
