@@ -25,7 +25,7 @@ def main() -> None:
     flavour, model, results_path, *only = sys.argv[1:]
     prepare(flavour)
     started = time.monotonic()
-    harness = Harness(build(flavour, model), flavour)
+    harness = Harness(build(flavour, model), flavour, Path(model).parent)
     print(f"{flavour}: up in {time.monotonic() - started:.0f} s", flush=True)
     results: dict[str, dict[str, Any]] = {}
     broken = None

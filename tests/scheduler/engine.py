@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One in-process vLLM engine, in one of four flavours.
+"""One in-process vLLM engine, in one of four flavours, or a variant of one.
 
 CPU has no asynchronous scheduling: the async flavours give the engine its queue of two batches and
 the asynchronous scheduler, while the model runner stays synchronous. V2 has no CPU backend: its
@@ -13,6 +13,13 @@ import types
 from typing import Any
 
 FLAVOURS = ("v1-sync", "v1-async", "v2-sync", "v2-async")
+_LORA: dict[str, Any] = {"enable_lora": True, "max_lora_rank": 8, "max_cpu_loras": 3}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "lora1": _LORA | {"max_loras": 1},
+    "lora2": _LORA | {"max_loras": 2},
+}
+"""What an engine is started with beside the flavour; "v1-sync+lora1" names both."""
+ADAPTERS = ("a", "b", "c")
 MAX_NUM_SEQS = 8
 BLOCK_SIZE = 32
 NUM_BLOCKS = 80
@@ -51,10 +58,14 @@ def build(flavour: str, model: str, **options: Any) -> Any:
     from vllm import LLM
     from vllm.config import VllmConfig
 
+    flavour, _, variant = flavour.partition("+")
+    options = VARIANTS.get(variant, {}) | options
     asynchronous = flavour.endswith("async")
     if asynchronous:
         VllmConfig.max_concurrent_batches = property(lambda self: 2)
     scheduler = "LynxAsyncScheduler" if asynchronous else "LynxScheduler"
+    if options.get("enable_lora"):
+        spare_base_requests()
     defaults: dict[str, Any] = {
         "dtype": "float32",
         "max_model_len": 512,
@@ -74,3 +85,20 @@ def build(flavour: str, model: str, **options: Any) -> Any:
         },
     }
     return LLM(model, **(defaults | options))
+
+
+def spare_base_requests() -> None:
+    """Have vLLM's CPU operations for LoRA leave the rows of requests without an adapter alone.
+
+    The index of such a row is -1, which they take for the last adapter: in a batch with adapters
+    the CPU build answers requests of the base model with that one's weights. GPU kernels do not.
+    """
+    from vllm.lora.ops.torch_ops import lora_ops
+    from vllm.lora.punica_wrapper import punica_cpu
+
+    shrink = lora_ops.bgmv_shrink
+
+    def spared(x: Any, weights: Any, y: Any, indices: Any, *scale: Any) -> None:
+        shrink(x * (indices >= 0).unsqueeze(1), weights, y, indices, *scale)
+
+    lora_ops.bgmv_shrink = punica_cpu.bgmv_shrink = spared

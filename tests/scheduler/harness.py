@@ -5,16 +5,21 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+from .engine import ADAPTERS
 
 
 class Harness:
     """One engine, its scheduler, prompts, and reference outputs of ordinary requests."""
 
-    def __init__(self, llm: Any, flavour: str) -> None:
-        self.flavour = flavour
-        self.v2 = flavour.startswith("v2")
-        self.asynchronous = flavour.endswith("async")
+    def __init__(self, llm: Any, flavour: str, adapters: Path | None = None) -> None:
+        """`adapters`: the folder that holds a LoRA adapter for each name in ADAPTERS."""
+        self.flavour, _, self.variant = flavour.partition("+")
+        self.v2 = self.flavour.startswith("v2")
+        self.asynchronous = self.flavour.endswith("async")
+        self._adapters = adapters
         self.tokenizer = llm.get_tokenizer()
         self.engine = llm.llm_engine
         self.core = self.engine.engine_core.engine_core
@@ -35,9 +40,14 @@ class Harness:
     # ---- requests
 
     def add(
-        self, prompt: str | list[int], transfer: dict[str, Any] | None = None, **params: Any
+        self,
+        prompt: str | list[int],
+        transfer: dict[str, Any] | None = None,
+        lora: str | None = None,
+        **params: Any,
     ) -> str:
         from vllm import SamplingParams
+        from vllm.lora.request import LoRARequest
 
         self._names += 1
         name = f"r{self._names}"
@@ -45,8 +55,15 @@ class Harness:
         params = {"temperature": 0, "max_tokens": most, "ignore_eos": True} | params
         tokens = self.prompts[prompt] if isinstance(prompt, str) else prompt
         extra = {"kv_transfer_params": transfer} if transfer else None
+        adapter = None
+        if lora is not None:
+            path = str(self._adapters / lora)
+            adapter = LoRARequest(lora, 1 + ADAPTERS.index(lora), path)
         self.engine.add_request(
-            name, {"prompt_token_ids": tokens}, SamplingParams(extra_args=extra, **params)
+            name,
+            {"prompt_token_ids": tokens},
+            SamplingParams(extra_args=extra, **params),
+            lora_request=adapter,
         )
         return name
 
@@ -54,8 +71,9 @@ class Harness:
         self, prompt: str, *, anchor: int = 2, residual: int = 16, bits: int = 4, **params: Any
     ) -> str:
         """A request whose KV comes in two tiers."""
+        lora = params.get("lora")
         transfer = {
-            "load": prompt,
+            "load": self.save(prompt, lora),
             "anchor_delay": anchor,
             "residual_delay": residual,
             "bits": bits,
@@ -63,17 +81,18 @@ class Harness:
         for key in ("fail", "fail_early", "lose_anchor", "blocking", "first", "first_delay"):
             if key in params:
                 transfer[key] = params.pop(key)
-        self.save(prompt)
         return self.add(prompt, transfer, **params)
 
-    def save(self, prompt: str) -> None:
-        """Have the exact KV of a prompt stored, once."""
+    def save(self, prompt: str, lora: str | None = None) -> str:
+        """Have the exact KV of a prompt stored, once, under the key that is returned."""
         from .fake_transfer import FakeTransferConnector
 
-        if prompt not in FakeTransferConnector.stored:
-            self.add(prompt, {"save": prompt}, max_tokens=1)
+        key = prompt if lora is None else f"{prompt}+{lora}"
+        if key not in FakeTransferConnector.stored:
+            self.add(prompt, {"save": key}, lora=lora, max_tokens=1)
             self.run()
             self.settle()
+        return key
 
     def step(self) -> list[Any]:
         return self.engine.step()
@@ -96,7 +115,7 @@ class Harness:
         """The completion of an ordinary request on an empty prefix cache."""
         key = repr((prompt, sorted(params.items(), key=lambda item: item[0])))
         if key not in self._references:
-            self.save(prompt)
+            self.save(prompt, params.get("lora"))
             name = self.add(prompt, **params)
             self._references[key] = self.run()[name].outputs[0]
             self.settle()

@@ -20,12 +20,13 @@ pytest.importorskip("vllm")
 
 from . import tiny_llama
 from .cases import CASES
-from .engine import FLAVOURS
+from .engine import ADAPTERS, FLAVOURS, VARIANTS
 
 ROOT = Path(__file__).parents[2]
+STARTED_AS = [*FLAVOURS, *(f"{flavour}+{variant}" for flavour in FLAVOURS for variant in VARIANTS)]
 PARAMETERS = [
     pytest.param(flavour, name, id=f"{flavour}-{name}")
-    for flavour in FLAVOURS
+    for flavour in STARTED_AS
     for name, case in CASES.items()
     if case.runs_on(flavour)
 ]
@@ -41,6 +42,8 @@ class Results:
         self._folder = folder
         self._selected = selected
         self._model = tiny_llama.write(folder / "tiny-llama")
+        for seed, adapter in enumerate(ADAPTERS):
+            tiny_llama.write_adapter(folder / adapter, seed)
         self._pool = ThreadPoolExecutor(2)
         self._runs: dict[str, Future[tuple[dict[str, Any], str]]] = {}
 

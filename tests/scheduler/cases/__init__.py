@@ -18,6 +18,8 @@ from . import (  # noqa: F401, I001
     early_reply,
     first_token,
     first_token_interrupted,
+    full_cache,
+    lora,
 )
 from .registry import CASES
 
