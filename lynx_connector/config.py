@@ -100,7 +100,8 @@ class LynxConfig(BaseModel):
     tables_dir: Path | None = Field(
         None,
         description="Folder of learned tables, so that a restart begins with them. Default: "
-        "lynx-connector/tables in $XDG_CACHE_HOME or ~/.cache.",
+        "lynx-connector/tables in $XDG_CACHE_HOME or ~/.cache. Where there is no such folder, or "
+        "none that can be written, a restart begins without tables.",
     )
     start: StartMode = Field(
         StartMode.AUTO,
@@ -262,12 +263,20 @@ class LynxConfig(BaseModel):
             lines = [_explain(issue, cls.model_fields) for issue in error.errors()]
             raise ConfigError("; ".join(lines)) from None
 
-    def tables_root(self) -> Path:
-        """`tables_dir`, or its default."""
-        if self.tables_dir is not None:
-            return self.tables_dir.expanduser()
-        cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-        return Path(cache).expanduser() / "lynx-connector" / "tables"
+    def tables_root(self) -> Path | None:
+        """`tables_dir`, or its default; None where there is no such folder, as for a user without
+        a home."""
+        chosen = self.tables_dir
+        if chosen is None:
+            cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+            if not cache.is_absolute() and cache.parts[:1] != ("~",):
+                cache = Path("~/.cache")  # by the XDG rules a relative path counts for nothing
+            chosen = cache / "lynx-connector" / "tables"
+        try:
+            root = chosen.expanduser()
+        except RuntimeError:
+            return None
+        return root if self.tables_dir is not None or root.is_absolute() else None
 
     def secret(self) -> bytes | None:
         """The shared secret, or None where none is configured."""

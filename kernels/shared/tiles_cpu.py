@@ -98,8 +98,8 @@ def compile_kernel(
     function.__qualname__ = f"{function.__qualname__}_{_sources_digest()}"
     try:
         return numba.njit([signature], cache=True, **_OPTIONS)(function)
-    except RuntimeError as error:
-        if "no locator available" not in str(error):
+    except (RuntimeError, OSError) as error:  # nowhere to keep it, or a full disk
+        if isinstance(error, RuntimeError) and "no locator available" not in str(error):
             raise
         return numba.njit([signature], **_OPTIONS)(function)
 

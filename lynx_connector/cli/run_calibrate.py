@@ -49,6 +49,8 @@ def run(target: Target, texts: Sequence[Path], tokens: int) -> None:
             )
             chosen = {} if target.tables_dir is None else {"tables_dir": target.tables_dir}
             root = LynxConfig.from_extra_config(chosen).tables_root()
+            if root is None:
+                raise BenchError("this user has no home folder: say where by --tables-dir")
             for rank, shard in enumerate(shards):
                 size = target.tensor_parallel_size
                 path = store_tables(root, shard.key, rank, size, shard.tables, tokens=shard.tokens)

@@ -57,24 +57,36 @@ def store_tables(
     Raises:
         OSError: the folder cannot be written.
     """
-    folder = tables_folder(root, key, rank, size)
+    return _store(tables_folder(root, key, rank, size), tables, tokens)
+
+
+def _store(folder: Path, tables: KltTables, tokens: int) -> Path:
     path = _write_tables(folder, tables)
     _write(folder / CURRENT, msgspec.json.encode(Current(tables.digest, tokens)))
     return path
 
 
 class TableStore:
-    """One shard's folder. Safe to share between threads and processes."""
+    """One shard's folder. Safe to share between threads and processes.
 
-    def __init__(self, root: Path, key: str, rank: int, size: int, geometry: KVGeometry):
-        self.folder = tables_folder(root, key, rank, size)
-        self._where = (root, key, rank, size)
+    Without a root nothing is kept and nothing is found; one warning says so.
+    """
+
+    def __init__(self, root: Path | None, key: str, rank: int, size: int, geometry: KVGeometry):
+        self.folder = None if root is None else tables_folder(root, key, rank, size)
         self._geometry = geometry
         self._warned: set[Path] = set()
+        if self.folder is None:
+            logger.warning(
+                "lynx: learned tables are not kept for the next start: this user has no home "
+                "folder; set tables_dir in kv_connector_extra_config"
+            )
 
     def load(self, digest: str) -> KltTables | None:
         """The tables of a digest, or None where they are not here or not usable."""
         if not _DIGEST.fullmatch(digest):
+            return None
+        if self.folder is None:
             return None
         path = self.folder / f"{digest}.tables"
         data = self._read(path)
@@ -91,6 +103,8 @@ class TableStore:
 
     def load_current(self) -> tuple[KltTables, int] | None:
         """(tables, tokens they were learned from) that a producer begins with, if any."""
+        if self.folder is None:
+            return None
         path = self.folder / CURRENT
         data = self._read(path)
         if data is None:
@@ -105,6 +119,8 @@ class TableStore:
 
     def save(self, tables: KltTables) -> None:
         """Keep tables for the next start; a failure is a warning."""
+        if self.folder is None:
+            return
         try:
             _write_tables(self.folder, tables)
         except OSError as error:
@@ -112,8 +128,10 @@ class TableStore:
 
     def save_current(self, tables: KltTables, tokens: int) -> None:
         """As `store_tables`; a failure is a warning."""
+        if self.folder is None:
+            return
         try:
-            store_tables(*self._where, tables, tokens=tokens)
+            _store(self.folder, tables, tokens)
         except OSError as error:
             self._warn(self.folder, f"cannot be written: {error.strerror or error}")
 
@@ -123,7 +141,7 @@ class TableStore:
         except FileNotFoundError:
             return None
         except OSError as error:
-            self._warn(path, f"cannot be read: {error.strerror or error}")
+            self._warn(path.parent, f"cannot be read: {error.strerror or error}")
             return None
 
     def _warn(self, path: Path, what: str) -> None:
