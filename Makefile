@@ -3,7 +3,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-# Two workers fill two cores; a file stays with one of them, and with what it has set up.
+# A file stays with one worker, so that nothing is set up twice.
 IN_PARALLEL := -n logical --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
