@@ -3,14 +3,15 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+MINUTES ?= 30
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint clean
+.PHONY: help setup demo test soak lint clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
 	@echo
-	@echo 'Variables: PYTHON (>= 3.11), ARGS (for demo: options of `lynx demo`; for test: of pytest)'
+	@echo 'Variables: PYTHON (>= 3.11), ARGS (for demo: options of `lynx demo`; for test: of pytest; for soak: of `python -m tests.soak`), MINUTES (of soak)'
 
 setup: ## make .venv with vLLM for this machine, and the small model
 	@$(PYTHON) scripts/setup.py
@@ -21,6 +22,9 @@ demo: setup ## two vLLM servers and a router: one prompt, speculative and blocki
 test: setup ## all tests that this machine can run
 	$(BIN)/python -m pytest $(ARGS)
 
+soak: setup ## MINUTES (30) of mixed load with faults on four servers; report and picture in soak/
+	$(BIN)/python -m tests.soak --minutes $(MINUTES) --out soak $(ARGS)
+
 lint: setup ## ruff, mypy and import-linter
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -28,5 +32,5 @@ lint: setup ## ruff, mypy and import-linter
 	$(BIN)/lint-imports --no-logo
 
 clean: ## remove what builds, tests and the demo left (.venv and the model stay)
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-logs demo-report.json demo-timeline.png
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-logs demo-report.json demo-timeline.png soak
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

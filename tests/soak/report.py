@@ -116,9 +116,10 @@ def summary(
         "settings": settings,
         "goals": [asdict(goal) for goal in goals],
         "requests": len(outcomes),
-        "verdicts": dict(Counter(outcome.verdict for outcome in outcomes)),
+        "verdicts": dict(Counter(str(outcome.verdict) for outcome in outcomes)),
         "kinds": {
-            kind: dict(Counter(o.verdict for o in outcomes if o.kind == kind)) for kind in kinds
+            kind: dict(Counter(str(o.verdict) for o in outcomes if o.kind == kind))
+            for kind in kinds
         },
         "seconds": {
             kind: _quantiles([o.end - o.start for o in outcomes if o.kind == kind and _good(o)])
@@ -154,7 +155,7 @@ def _goals(
 ) -> list[Goal]:
     count = Counter(outcome.verdict for outcome in outcomes)
     answered = sum(count[verdict] for verdict in GOOD) + count[Verdict.WRONG]
-    seeded = sum(o.kind == "seeded" and o.verdict is not Verdict.LEFT for o in outcomes)
+    seeded = sum(o.kind == "seeded" and _good(o) for o in outcomes)
     differ = count[Verdict.SEEDED_DIFFERS]
     steepest = max((row["mb_per_hour"] for row in memory), default=None)
     if steepest is None:
