@@ -3,16 +3,18 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+MINUTES ?= 30
 # A file stays with one worker, so that nothing is set up twice.
 IN_PARALLEL := -n logical --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast lint clean
+.PHONY: help setup demo test test-fast soak lint clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
 	@echo
-	@echo 'Variables: PYTHON (>= 3.11), ARGS (for demo: options of `lynx demo`; for tests: of pytest)'
+	@echo 'Variables: PYTHON (>= 3.11), MINUTES (of soak), and ARGS: options of `lynx demo`, of pytest'
+	@echo '(test, test-fast), or of `python -m tests.soak`'
 
 setup: ## make .venv with vLLM for this machine, and the small model
 	@$(PYTHON) -m scripts.setup
@@ -25,11 +27,14 @@ ifdef ARGS
 	$(BIN)/python -m pytest $(ARGS)
 else
 	$(BIN)/python -m pytest $(IN_PARALLEL) tests/unit
-	$(BIN)/python -m pytest --ignore tests/unit
+	$(BIN)/python -m pytest --ignore tests/unit --ignore tests/soak
 endif
 
 test-fast: setup ## the tests that need no vLLM server or engine, at most 4 minutes
 	$(BIN)/python -m pytest $(IN_PARALLEL) tests/unit $(ARGS)
+
+soak: setup ## MINUTES (30) of mixed load with faults on four servers; report and picture in soak/
+	$(BIN)/python -m tests.soak --minutes $(MINUTES) --out soak $(ARGS)
 
 lint: setup ## ruff, mypy and import-linter
 	$(BIN)/ruff check .
@@ -38,5 +43,5 @@ lint: setup ## ruff, mypy and import-linter
 	$(BIN)/lint-imports --no-logo
 
 clean: ## remove what builds, tests and the demo left (.venv and the model stay)
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-logs demo-report.json demo-timeline.png
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-logs demo-report.json demo-timeline.png soak
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -5,13 +5,15 @@ import asyncio
 import random
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lynx_connector.testbed.process import ServerError, ServerProcess
 from tests.soak.servers import ready
 
 KILL, STOP, TERM = "kill", "stop", "term"
+DIED = "died"
+"""Of a window: nobody did anything to that server."""
 FAULTS = (KILL, STOP, TERM)
 STOP_SECONDS = (3.0, 20.0)
 DEAD_SECONDS = 3.0
@@ -36,39 +38,36 @@ class Window:
 
 class ServerFaults:
     """One fault after the other, so that never all servers of a role are away at once, where
-    there are two.
+    there are two. Servers that die by themselves are started again, too, as anybody's would be.
 
     Args:
         servers: what faults may meet.
-        every: seconds between the end of one and the start of the next, on average.
-        before, after: told with the server before a fault, and when a new process answers.
+        others: what is only looked after.
+        every: seconds between the end of one fault and the start of the next, on average.
     """
 
     def __init__(
         self,
         servers: Sequence[ServerProcess],
+        others: Sequence[ServerProcess],
         every: float,
         rng: random.Random,
-        before: Callable[[ServerProcess], None] = lambda server: None,
-        after: Callable[[ServerProcess], None] = lambda server: None,
     ):
         self.windows: list[Window] = []
         self.failed_starts: list[str] = []
         """Ends of logs of servers that did not come up again at once."""
+        self.died: list[str] = []
+        """Ends of logs of servers that died by themselves."""
         self._servers = list(servers)
+        self._others = list(others)
         self._every = every
         self._rng = rng
-        self._before, self._after = before, after
-
-    @property
-    def active(self) -> bool:
-        """Whether a server is away now."""
-        return bool(self.windows) and self.windows[-1].end is None
+        self._away: set[str] = set()
 
     @property
     def last_end(self) -> float:
-        """When the last one was over; now where it is not; 0 where there was none."""
-        return (self.windows[-1].end or time.time()) if self.windows else 0.0
+        """When the last one was over; now where one is not; 0 where there was none."""
+        return max((window.end or time.time() for window in self.windows), default=0.0)
 
     async def run(self, kinds: Sequence[str], until: float) -> None:
         """Faults of some kinds of FAULTS until `until` (Unix seconds); returns when every server
@@ -90,8 +89,28 @@ class ServerFaults:
                 self._rng.shuffle(deck)
             await self._one(*deck.pop())
 
+    async def look_after(self) -> None:
+        """Start again, until cancelled, what dies by itself.
+
+        Raises:
+            ServerError: a server did not come back.
+        """
+        while True:
+            for server in [*self._servers, *self._others]:
+                if server.running or server.name in self._away:
+                    continue
+                self.died.append(f"{server.name} at {time.time():.0f}\n{server.tail(40)}")
+                window = Window(DIED, server.name, time.time())
+                self.windows.append(window)
+                await asyncio.to_thread(server.stop)  # what is left of its group
+                await self._restart(server)
+                window.end = time.time()
+            await asyncio.sleep(1.0)
+
     async def _one(self, kind: str, server: ServerProcess) -> None:
-        self._before(server)
+        if not server.running:
+            return  # it has died by itself, and is being looked after
+        self._away.add(server.name)
         window = Window(kind, server.name, time.time())
         self.windows.append(window)
         if kind == STOP:
@@ -109,8 +128,7 @@ class ServerFaults:
             await asyncio.sleep(DEAD_SECONDS)
             await self._restart(server)
         window.end = time.time()
-        if kind != STOP:
-            self._after(server)
+        self._away.discard(server.name)
 
     async def _restart(self, server: ServerProcess) -> None:
         for _ in range(RESTARTS):

@@ -3,6 +3,7 @@
 
 import asyncio
 import dataclasses
+import importlib.metadata
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,10 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
+from tests.scheduler import tiny_llama
+from tests.soak import model as soak_model
 from tests.soak.client import Answer, Choice, ask, new_client
 from tests.soak.kinds import CHAT, Case, Compare, Route
 
@@ -85,19 +90,27 @@ def _told_more(case: Case) -> dict[str, Any]:
     return {"logprobs": max(case.body.get("logprobs", 0), 2), "vllm_xargs": None}
 
 
-def save(path: Path, turns: dict[str, list[Turn]]) -> None:
+def save(path: Path, cases: Sequence[Case], turns: dict[str, list[Turn]]) -> None:
     """Keep answers, so that a run with the same cases need not ask again."""
-    path.write_text(json.dumps(turns, default=dataclasses.asdict))
+    kept = {"of": _fingerprint(cases), "turns": turns}
+    path.write_text(json.dumps(kept, default=dataclasses.asdict))
 
 
-def load(path: Path) -> dict[str, list[Turn]]:
-    """What `save` kept."""
+def load(path: Path, cases: Sequence[Case]) -> dict[str, list[Turn]] | None:
+    """What `save` kept of these very cases and this vLLM; else None."""
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    if kept.get("of") != _fingerprint(cases):
+        return None
     return {
-        name: [
-            Turn(turn["body"], [Choice(**choice) for choice in turn["choices"]]) for turn in turns
-        ]
-        for name, turns in json.loads(path.read_text()).items()
+        name: [Turn(turn["body"], [Choice(**it) for it in turn["choices"]]) for turn in turns]
+        for name, turns in kept["turns"].items()
     }
+
+
+def _fingerprint(cases: Sequence[Case]) -> str:
+    sources = [Path(module.__file__ or "").read_text() for module in (tiny_llama, soak_model)]
+    parts = repr(list(cases)), *sources, importlib.metadata.version("vllm")
+    return xxhash.xxh3_128_hexdigest("\0".join(parts).encode())
 
 
 def judge(case: Case, turn: Turn, answer: Answer) -> tuple[Verdict, str]:

@@ -116,9 +116,10 @@ def summary(
         "settings": settings,
         "goals": [asdict(goal) for goal in goals],
         "requests": len(outcomes),
-        "verdicts": dict(Counter(outcome.verdict for outcome in outcomes)),
+        "verdicts": dict(Counter(str(outcome.verdict) for outcome in outcomes)),
         "kinds": {
-            kind: dict(Counter(o.verdict for o in outcomes if o.kind == kind)) for kind in kinds
+            kind: dict(Counter(str(o.verdict) for o in outcomes if o.kind == kind))
+            for kind in kinds
         },
         "seconds": {
             kind: _quantiles([o.end - o.start for o in outcomes if o.kind == kind and _good(o)])
@@ -154,7 +155,7 @@ def _goals(
 ) -> list[Goal]:
     count = Counter(outcome.verdict for outcome in outcomes)
     answered = sum(count[verdict] for verdict in GOOD) + count[Verdict.WRONG]
-    seeded = sum(o.kind == "seeded" and o.verdict is not Verdict.LEFT for o in outcomes)
+    seeded = sum(o.kind == "seeded" and _good(o) for o in outcomes)
     differ = count[Verdict.SEEDED_DIFFERS]
     steepest = max((row["mb_per_hour"] for row in memory), default=None)
     if steepest is None:
@@ -257,15 +258,17 @@ def _draw(path: Path, report: dict[str, Any], outcomes: Sequence[Outcome]) -> No
     times.plot([o.end - start for o in answered], [o.end - o.start for o in answered], ".", ms=2)
     times.set_yscale("log")
     times.set_ylabel("seconds to the whole answer")
+    # The router is small, and a server that starts or ends is no sign of anything.
+    engines = [s for s in report["samples"] if s["server"] != "router" and s["gauges"]]
     for axis, value, label in (
         (memory, lambda s: s["rss_mb"], "RSS, MB"),
         (handles, lambda s: s["fds"], "file descriptors"),
         (staging, lambda s: s["gauges"].get("staging_bytes", 0) / 2**20, "staging, MiB"),
     ):
-        servers = sorted({sample["server"] for sample in report["samples"]})
-        for server in servers:
-            own = [sample for sample in report["samples"] if sample["server"] == server]
-            axis.plot([s["t"] - start for s in own], [value(s) for s in own], label=server, lw=1)
+        for server in sorted({sample["server"] for sample in engines}):
+            own = [sample for sample in engines if sample["server"] == server]
+            times_of = [sample["t"] - start for sample in own]
+            axis.plot(times_of, [value(sample) for sample in own], ".-", ms=2, label=server, lw=1)
         axis.set_ylabel(label)
         axis.legend(loc="upper right", fontsize="small")
     for axis in axes:

@@ -6,12 +6,12 @@ import asyncio
 import random
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lynx_connector.testbed.process import ServerError, ServerProcess
 from tests.soak import faults as server_faults
 from tests.soak import kinds, reference, report, transport_faults
 from tests.soak.faults import ServerFaults
@@ -78,8 +78,6 @@ class _Soak:
         self._injecting = settings.out / "transport-faults.json"
         self._notes = self._injecting.with_suffix(".jsonl")
         self._notes.unlink(missing_ok=True)
-        self._died: list[str] = []
-        self._expected_dead: set[str] = set()
 
     async def run(self) -> dict[str, Any]:
         settings = self._settings
@@ -104,17 +102,15 @@ class _Soak:
     ) -> dict[str, list[reference.Turn]]:
         """Answers of the plain server, which is gone afterwards; kept for the next run."""
         kept = self._settings.out / "reference.json"
-        if kept.exists():
-            turns = reference.load(kept)
-            if all(case.name in turns for case in cases):
-                return turns
+        if (turns := reference.load(kept, cases)) is not None:
+            return turns
         self._say("reference server starts")
         await fleet.start_reference(self._settings.start_timeout)
         began = time.monotonic()
         turns = await reference.compute(cases, fleet.reference.url)
         self._say(f"{len(turns)} reference answers in {time.monotonic() - began:.0f} s")
         await asyncio.to_thread(fleet.reference.stop)
-        reference.save(kept, turns)
+        reference.save(kept, cases, turns)
         return turns
 
     async def _load(
@@ -125,7 +121,12 @@ class _Soak:
     ) -> dict[str, Any]:
         settings = self._settings
         watch = Watch([*fleet.engines, fleet.router])
-        faults = self._server_faults(fleet)
+        faults = ServerFaults(
+            fleet.engines,
+            [fleet.router],
+            settings.fault_every,
+            random.Random(f"faults-{settings.seed}"),
+        )
         load = Load(
             fleet,
             cases,
@@ -136,11 +137,15 @@ class _Soak:
             trouble=lambda: faults.last_end,
         )
         watching = asyncio.ensure_future(watch.run(settings.sample_every))
+        care = asyncio.ensure_future(faults.look_after())
+        work = asyncio.ensure_future(self._phases(load, faults, watch))
         try:
-            await self._phases(load, faults, watch, fleet)
+            done, _ = await asyncio.wait([work, care], return_when=asyncio.FIRST_COMPLETED)
+            done.pop().result()
         finally:
-            watching.cancel()
-            self._look_for_dead(fleet)
+            for task in (watching, care, work):
+                task.cancel()
+            await asyncio.wait([watching, care, work])
             found = report.summary(
                 {**asdict(settings), "out": settings.out.name},
                 load.outcomes,
@@ -148,13 +153,13 @@ class _Soak:
                 watch,
                 transport_faults.noted(self._injecting),
                 faults.failed_starts,
-                self._died,
+                faults.died,
                 int(settings.wanted_a_minute * settings.minutes),
             )
             report.write(settings.out, found, load.outcomes)
         return found
 
-    async def _phases(self, load: Load, faults: ServerFaults, watch: Watch, fleet: Fleet) -> None:
+    async def _phases(self, load: Load, faults: ServerFaults, watch: Watch) -> None:
         """Warm up, rest, then load with faults and rests until the time is over."""
         settings = self._settings
         self._say("warm-up")
@@ -166,11 +171,7 @@ class _Soak:
         while time.time() < end:
             pause = min(time.time() + settings.rest_every, end)
             kinds_now = settings.faults_at(time.time() - began)
-            working = asyncio.gather(load.run(pause), faults.run(kinds_now, pause - 10))
-            while not working.done():
-                await asyncio.wait([working], timeout=2.0)
-                self._look_for_dead(fleet)
-            working.result()
+            await asyncio.gather(load.run(pause), faults.run(kinds_now, pause - 10))
             self._say(self._progress(load, began))
             if time.time() >= end:
                 self._inject(False)
@@ -180,38 +181,13 @@ class _Soak:
         rest = await watch.rest(SETTLE_SECONDS)
         self._say("at rest, nothing left" if not rest.left else f"at rest, left: {rest.left}")
 
-    def _server_faults(self, fleet: Fleet) -> ServerFaults:
-        def before(server: ServerProcess) -> None:
-            self._say(f"  a fault for {server.name}")
-            self._expected_dead.add(server.name)
-
-        return ServerFaults(
-            fleet.engines,
-            self._settings.fault_every,
-            random.Random(f"faults-{self._settings.seed}"),
-            before,
-            lambda server: self._expected_dead.discard(server.name),
-        )
-
-    def _look_for_dead(self, fleet: Fleet) -> None:
-        for server in [*fleet.engines, fleet.router]:
-            if server.name in self._expected_dead or server.running:
-                continue
-            try:
-                server.check()
-            except ServerError as error:
-                self._died.append(str(error))
-            self._expected_dead.add(server.name)  # told once
-
     def _inject(self, on: bool) -> None:
         one_in = self._settings.one_in if on else 0
         transport_faults.write_settings(self._injecting, one_in, self._settings.transport_faults)
 
     def _progress(self, load: Load, began: float) -> str:
-        counts: dict[str, int] = {}
-        for outcome in load.outcomes:
-            counts[outcome.verdict] = counts.get(outcome.verdict, 0) + 1
-        return f"{time.time() - began:.0f} s: {counts}"
+        counts = Counter(str(outcome.verdict) for outcome in load.outcomes)
+        return f"{time.time() - began:.0f} s: {dict(counts)}"
 
 
 def _names(value: str) -> list[str]:

@@ -108,6 +108,8 @@ class Fleet:
                 "final_tier": "exact",
                 "frame_bytes": "64KiB",
                 "lease_seconds": LEASE_SECONDS,
+                # Full within the warm-up, or its filling would look like a leak.
+                "reuse_bytes": "16MiB",
                 "listen_port": free_port() % 30000 + 20000,
                 "advertise_host": "127.0.0.1",
                 **PREFILLS[index % len(PREFILLS)],

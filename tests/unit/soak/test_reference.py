@@ -89,7 +89,9 @@ def test_what_must_be_refused_may_not_be_answered():
     assert judge(case(Compare.REFUSED), Turn({}, []), got())[0] is Verdict.WRONG
 
 
-def test_kept_answers_are_the_same(tmp_path):
-    turns = {"greedy-1-1": [expected()]}
-    reference.save(tmp_path / "reference.json", turns)
-    assert reference.load(tmp_path / "reference.json") == turns
+def test_kept_answers_are_the_same_and_of_the_same_cases(tmp_path):
+    path, turns = tmp_path / "reference.json", {"greedy-1-1": [expected()]}
+    assert reference.load(path, [case()]) is None
+    reference.save(path, [case()], turns)
+    assert reference.load(path, [case()]) == turns
+    assert reference.load(path, [case(max_tokens=9)]) is None
