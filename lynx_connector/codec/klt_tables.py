@@ -83,7 +83,7 @@ class KltTables:
         """Inverse of `to_bytes`. Raises CodecError naming what is wrong."""
         try:
             stored = msgspec.msgpack.decode(data, type=_Stored)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
             raise CodecError(f"tables are malformed: {error}") from None
         if stored.version != VERSION:
             raise CodecError(f"tables have version {stored.version}, expected {VERSION}")
