@@ -10,8 +10,6 @@ import typer
 from lynx_kernels.shared.paged import PagedKVCache, PageIndex
 from rich.console import Console
 
-from lynx_connector.bench.calibration import resolve_dtype
-from lynx_connector.bench.errors import BenchError
 from lynx_connector.cli.run_plan import read_config
 from lynx_connector.codec import CodecError, KVGeometry
 from lynx_connector.codec.cache import CodecCache
@@ -23,11 +21,12 @@ def run(model: str, dtype: str, revision: str | None = None) -> None:
     """Compile and print how long each part took; exit status 2 with one line for bad input."""
     try:
         if dtype != "auto" and dtype not in DTYPES:
-            raise BenchError(f"--dtype {dtype} is not one of auto, {', '.join(DTYPES)}")
+            raise PlanError(f"--dtype {dtype} is not one of auto, {', '.join(DTYPES)}")
         read = read_config(model, revision)
-        chosen = resolve_dtype(model, dtype, revision)
-        warm(KVGeometry(1, 1, read["head_dim"], chosen), Console())
-    except (BenchError, PlanError, CodecError) as error:
+        if dtype == "auto":  # vLLM's own choice is bfloat16 for a float32 model, too
+            dtype = read["dtype"] if read["dtype"] in ("bfloat16", "float16") else "bfloat16"
+        warm(KVGeometry(1, 1, read["head_dim"], dtype), Console())
+    except (PlanError, CodecError) as error:
         typer.secho(f"lynx warm: {error}", fg="red", err=True)
         raise typer.Exit(2) from None
 

@@ -95,6 +95,20 @@ def test_the_command_compiles_for_a_models_head_size_and_dtype(model):
         assert name in done.output
 
 
+def test_the_dtype_is_the_one_that_vllm_takes(model, monkeypatch):
+    """Without weights in the folder: only config.json is read."""
+    from lynx_connector.cli import run_warm
+
+    asked = []
+    monkeypatch.setattr(run_warm, "warm", lambda geometry, console: asked.append(geometry))
+    assert warm(model).exit_code == 0
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"dtype": "float16"}))
+    assert warm(model).exit_code == 0
+    assert [one.dtype for one in asked] == ["bfloat16", "float16"]
+    assert asked[0].head_dim == 64
+
+
 def test_the_command_explains_what_it_cannot_do(model, tmp_path):
     done = warm(model, "--dtype", "int3")
     assert done.exit_code == 2 and "--dtype int3" in done.output
