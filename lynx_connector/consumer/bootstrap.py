@@ -13,11 +13,9 @@ from concurrent.futures import Future
 from typing import Any
 
 import httpx
-import msgspec
 
-from lynx_connector.errors import TransferError, shown
-from lynx_connector.wire.handoff import BootstrapAnswer, MooncakeLeg
-from lynx_connector.wire.messages import DECODE_ERRORS
+from lynx_connector.errors import ProtocolError, TransferError, shown
+from lynx_connector.wire.handoff import BootstrapAnswer, MooncakeLeg, parse_answer
 
 POLL_SECONDS = 10.0
 """How long the server may hold one question."""
@@ -125,8 +123,6 @@ class BootstrapClient:
                 f"bootstrap {where}: HTTP status {reply.status_code}: is it a Lynx prefill?"
             )
         try:
-            return msgspec.json.decode(body, type=BootstrapAnswer)
-        except DECODE_ERRORS as error:
-            raise TransferError(
-                f"bootstrap {where}: malformed answer: {shown(str(error))}"
-            ) from None
+            return parse_answer(body)
+        except ProtocolError as error:
+            raise TransferError(f"bootstrap {where}: {error}") from None

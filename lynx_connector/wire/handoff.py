@@ -12,7 +12,15 @@ from msgspec import Meta
 
 from lynx_connector.config import FinalTier
 from lynx_connector.errors import ProtocolError, shown
-from lynx_connector.wire.messages import PROTOCOL_VERSION, Digest, Id, MaybeDigest, Text, TokenId
+from lynx_connector.wire.messages import (
+    DECODE_ERRORS,
+    PROTOCOL_VERSION,
+    Digest,
+    Id,
+    MaybeDigest,
+    Text,
+    TokenId,
+)
 
 TABLE_CODECS = ("klt",)
 """Codecs that need learned tables."""
@@ -127,6 +135,18 @@ def check_transfer_id(value: object) -> str:
             f"transfer_id {shown(repr(value), 64)} is not a string of 1 to 128 characters without "
             "control characters"
         ) from None
+
+
+def parse_answer(body: bytes | bytearray) -> BootstrapAnswer:
+    """What a bootstrap server has sent.
+
+    Raises:
+        ProtocolError: it is no answer.
+    """
+    try:
+        return msgspec.json.decode(body, type=BootstrapAnswer)
+    except DECODE_ERRORS as error:
+        raise ProtocolError(f"malformed answer: {shown(str(error))}") from None
 
 
 def prompt_digest(token_ids: list[int] | None, media: Iterable[str] = ()) -> str:
