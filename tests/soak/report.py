@@ -270,7 +270,8 @@ def _draw(path: Path, report: dict[str, Any], outcomes: Sequence[Outcome]) -> No
             times_of = [sample["t"] - start for sample in own]
             axis.plot(times_of, [value(sample) for sample in own], ".-", ms=2, label=server, lw=1)
         axis.set_ylabel(label)
-        axis.legend(loc="upper right", fontsize="small")
+        if engines:
+            axis.legend(loc="upper right", fontsize="small")
     for axis in axes:
         for window in report["server_faults"]:
             left, right = window["start"] - start, (window["end"] or end + start) - start
