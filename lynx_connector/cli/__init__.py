@@ -114,6 +114,24 @@ def calibrate(
 
 
 @app.command()
+def warm(
+    model: Annotated[
+        str, typer.Argument(help="Model folder or hub name; only its config.json is read.")
+    ],
+    dtype: Annotated[
+        str, typer.Option(help="Of the KV cache: bfloat16, float16, float32; auto: the model's.")
+    ] = "auto",
+    revision: Annotated[
+        str | None, typer.Option(help="Of a hub model, as vLLM is given it.")
+    ] = None,
+) -> None:
+    """Compile a model's CPU kernels now, so that its first start does not wait for them."""
+    from lynx_connector.cli.run_warm import run
+
+    run(model, dtype, revision)
+
+
+@app.command()
 def trace(
     events: Annotated[
         list[Path],

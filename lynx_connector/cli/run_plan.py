@@ -119,7 +119,7 @@ class Conditions:
         return found
 
 
-def read_config(model: str) -> dict[str, Any]:
+def read_config(model: str, revision: str | None = None) -> dict[str, Any]:
     """Arguments of KVShape from a model's config.json.
 
     Raises:
@@ -128,7 +128,7 @@ def read_config(model: str) -> dict[str, Any]:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(model).get_text_config()
+        config = AutoConfig.from_pretrained(model, revision=revision).get_text_config()
     except (OSError, ValueError) as error:
         raise PlanError(f"model = {model!r}: {str(error).splitlines()[0]}") from None
     try:

@@ -10,6 +10,7 @@ from lynx_kernels.klt import cpu as klt_cpu
 from lynx_kernels.shared.paged import PagedKVCache
 
 from lynx_connector.codec import CODECS, Codec, CodecError, KltTables, KVGeometry, get_codec
+from lynx_connector.codec.compiling import compiling
 from lynx_connector.codec.exact import ExactTier
 from lynx_connector.codec.klt import KltCodec
 from lynx_connector.codec.types import DTYPES, RowLayout
@@ -48,7 +49,8 @@ class CodecCache:
         codec = get_codec(name, self._geometry, anchor_bits=anchor_bits, tables=tables)
         with self._compiling:  # takes seconds: whoever asks for another codec must not wait
             if (name, anchor_bits) not in self._warm:
-                codec.warmup(self._cache)
+                with compiling(self._named(f"codec {name}")):
+                    codec.warmup(self._cache)
                 self._warm.add((name, anchor_bits))
         with self._lock:
             self._codecs[key] = codec
@@ -59,13 +61,19 @@ class CodecCache:
     def compile_exact(self) -> None:
         """Compile what the exact tier needs, of whatever codec."""
         if self._cache is not None:
-            ExactTier(self.get(FALLBACK_CODEC)).warmup(self._cache)
+            tier = ExactTier(self.get(FALLBACK_CODEC))
+            with compiling(self._named("the exact tier")):
+                tier.warmup(self._cache)
 
     def compile_ahead(self) -> None:
         """Compile what codecs with tables need before there are any: all of it on a CPU (seconds
         when not cached), nothing on a GPU, where tables are arguments of what is compiled."""
         if self._cache is None or self._cache.device.type == "cpu":
-            klt_cpu.compile_kernels(DTYPES[self._geometry.dtype].itemsize)
+            with compiling(self._named("codec klt")):
+                klt_cpu.compile_kernels(DTYPES[self._geometry.dtype].itemsize)
+
+    def _named(self, what: str) -> str:
+        return f"{what}, head size {self._geometry.head_dim}, {self._geometry.dtype}"
 
     def layout(self, name: str, anchor_bits: int) -> Codec | RowLayout:
         """The codec itself, or its row widths alone where it needs tables that are not here yet.

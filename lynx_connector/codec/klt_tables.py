@@ -14,6 +14,7 @@ from lynx_kernels.shared.rotation import NO_ROTATION, Rotation
 from numpy.typing import NDArray
 
 from lynx_connector.codec.types import CodecError, KVGeometry
+from lynx_connector.errors import shown
 
 VERSION = 2
 ANCHOR_BITS = (3, 4, 5)
@@ -83,8 +84,8 @@ class KltTables:
         """Inverse of `to_bytes`. Raises CodecError naming what is wrong."""
         try:
             stored = msgspec.msgpack.decode(data, type=_Stored)
-        except msgspec.DecodeError as error:
-            raise CodecError(f"tables are malformed: {error}") from None
+        except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
+            raise CodecError(f"tables are malformed: {shown(str(error))}") from None
         if stored.version != VERSION:
             raise CodecError(f"tables have version {stored.version}, expected {VERSION}")
         g = geometry

@@ -23,7 +23,7 @@ from msgspec import Meta
 
 from lynx_connector.codec.klt_tables import KltTables
 from lynx_connector.codec.types import CodecError, KVGeometry
-from lynx_connector.wire.messages import Digest
+from lynx_connector.wire.messages import DECODE_ERRORS, Digest
 
 logger = logging.getLogger("vllm.lynx.tables")
 
@@ -111,7 +111,7 @@ class TableStore:
             return None
         try:
             current = msgspec.json.decode(data, type=Current)
-        except msgspec.DecodeError as error:
+        except DECODE_ERRORS as error:
             self._warn(path, f"ignored: {error}")
             return None
         tables = self.load(current.digest)
@@ -176,7 +176,7 @@ def _prune(folder: Path, keep: Path) -> None:
     """Delete the oldest versions beyond MAX_FILES, but not `keep` or the current one."""
     try:
         current = msgspec.json.decode((folder / CURRENT).read_bytes(), type=Current).digest
-    except (OSError, msgspec.DecodeError):
+    except (OSError, *DECODE_ERRORS):
         current = ""
     ages: list[tuple[float, Path]] = []
     for path in folder.glob("*.tables"):

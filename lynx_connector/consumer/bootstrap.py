@@ -13,10 +13,9 @@ from concurrent.futures import Future
 from typing import Any
 
 import httpx
-import msgspec
 
-from lynx_connector.errors import TransferError
-from lynx_connector.wire.handoff import BootstrapAnswer, MooncakeLeg
+from lynx_connector.errors import ProtocolError, TransferError, shown
+from lynx_connector.wire.handoff import BootstrapAnswer, MooncakeLeg, parse_answer
 
 POLL_SECONDS = 10.0
 """How long the server may hold one question."""
@@ -80,13 +79,14 @@ class BootstrapClient:
             if answer.state == "ready":
                 handoff = answer.handoff or {}
                 if handoff.get("remote_engine_id") != leg.remote_engine_id:
+                    found = shown(repr(handoff.get("remote_engine_id")))
                     raise TransferError(
-                        f"bootstrap {where} is engine {handoff.get('remote_engine_id')!r}, the "
-                        f"decode leg wants {leg.remote_engine_id!r}"
+                        f"bootstrap {where} is engine {found}, the decode leg wants "
+                        f"{leg.remote_engine_id!r}"
                     )
                 return handoff
             if answer.state == "failed":
-                raise TransferError(f"bootstrap {where}: {answer.cause}")
+                raise TransferError(f"bootstrap {where}: {shown(answer.cause, 256)}")
             if answer.state == "unknown" and time.monotonic() >= deadline:
                 raise TransferError(
                     f"bootstrap {where}: no prefill leg with transfer_id {leg.transfer_id!r} "
@@ -114,15 +114,15 @@ class BootstrapClient:
                         raise TransferError(f"bootstrap {where}: the answer is too long")
         except TimeoutError:
             raise TransferError(f"bootstrap {where}: no answer") from None
-        except httpx.HTTPError as error:
+        except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, UnicodeError) as error:
             raise TransferError(
-                f"bootstrap {where}: {str(error) or type(error).__name__}"
+                f"bootstrap {where}: {shown(str(error)) or type(error).__name__}"
             ) from None
         if reply.status_code != 200:
             raise TransferError(
                 f"bootstrap {where}: HTTP status {reply.status_code}: is it a Lynx prefill?"
             )
         try:
-            return msgspec.json.decode(body, type=BootstrapAnswer)
-        except msgspec.DecodeError as error:
-            raise TransferError(f"bootstrap {where}: malformed answer: {error}") from None
+            return parse_answer(body)
+        except ProtocolError as error:
+            raise TransferError(f"bootstrap {where}: {error}") from None

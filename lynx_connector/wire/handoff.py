@@ -11,12 +11,23 @@ import xxhash
 from msgspec import Meta
 
 from lynx_connector.config import FinalTier
-from lynx_connector.errors import ProtocolError
-from lynx_connector.wire.messages import PROTOCOL_VERSION, Digest, Id, MaybeDigest, Text, TokenId
+from lynx_connector.errors import ProtocolError, shown
+from lynx_connector.wire.messages import (
+    DECODE_ERRORS,
+    PROTOCOL_VERSION,
+    Digest,
+    Id,
+    MaybeDigest,
+    Text,
+    TokenId,
+)
 
 TABLE_CODECS = ("klt",)
 """Codecs that need learned tables."""
 
+Host = Annotated[
+    str, Meta(min_length=1, max_length=253, pattern=r"^[^\s\x00-\x20\x7f-\x9f\ud800-\udfff]+\Z")
+]
 AnchorBits = Annotated[int, Meta(ge=3, le=5)]
 
 
@@ -60,7 +71,7 @@ class Handoff(msgspec.Struct, forbid_unknown_fields=False):
 
     remote_engine_id: Id
     remote_request_id: Id
-    remote_host: Id
+    remote_host: Host
     lynx: LynxParams
 
     @property
@@ -94,7 +105,9 @@ class MooncakeLeg(msgspec.Struct, forbid_unknown_fields=False):
 
     transfer_id: Id
     remote_engine_id: Id
-    remote_bootstrap_addr: Annotated[str, Meta(max_length=256, pattern=r"^https?://[^/?#@\s]+/?\Z")]
+    remote_bootstrap_addr: Annotated[
+        str, Meta(max_length=256, pattern=r"^https?://[^/?#@\s\x00-\x20\x7f-\U0010ffff]+/?\Z")
+    ]
 
 
 class BootstrapAnswer(msgspec.Struct, omit_defaults=True):
@@ -107,6 +120,33 @@ class BootstrapAnswer(msgspec.Struct, omit_defaults=True):
     state: Literal["unknown", "pending", "ready", "failed"]
     handoff: dict[str, Any] | None = None
     cause: Text = ""
+
+
+def check_transfer_id(value: object) -> str:
+    """A router's own name of a transfer, as a prefill leg brings it.
+
+    Raises:
+        ProtocolError: it cannot name one.
+    """
+    try:
+        return msgspec.convert(value, Id)
+    except (msgspec.ValidationError, UnicodeError, RecursionError):
+        raise ProtocolError(
+            f"transfer_id {shown(repr(value), 64)} is not a string of 1 to 128 characters without "
+            "control characters"
+        ) from None
+
+
+def parse_answer(body: bytes | bytearray) -> BootstrapAnswer:
+    """What a bootstrap server has sent.
+
+    Raises:
+        ProtocolError: it is no answer.
+    """
+    try:
+        return msgspec.json.decode(body, type=BootstrapAnswer)
+    except DECODE_ERRORS as error:
+        raise ProtocolError(f"malformed answer: {shown(str(error))}") from None
 
 
 def prompt_digest(token_ids: list[int] | None, media: Iterable[str] = ()) -> str:
@@ -132,8 +172,8 @@ def parse_mooncake_leg(params: dict[str, Any]) -> MooncakeLeg | None:
         return None
     try:
         leg = msgspec.convert(params, MooncakeLeg)
-    except msgspec.ValidationError as error:
-        raise ProtocolError(f"malformed kv_transfer_params: {error}") from None
+    except (msgspec.ValidationError, UnicodeError, RecursionError) as error:
+        raise ProtocolError(f"malformed kv_transfer_params: {shown(str(error))}") from None
     leg.remote_bootstrap_addr = leg.remote_bootstrap_addr.rstrip("/")
     return leg
 
@@ -151,8 +191,8 @@ def parse_handoff(params: dict[str, Any]) -> Handoff:
     _check_version(params["lynx"])
     try:
         handoff = msgspec.convert(params, Handoff)
-    except msgspec.ValidationError as error:
-        raise ProtocolError(f"malformed kv_transfer_params: {error}") from None
+    except (msgspec.ValidationError, UnicodeError, RecursionError) as error:
+        raise ProtocolError(f"malformed kv_transfer_params: {shown(str(error))}") from None
     lynx = handoff.lynx
     needed = len(lynx.ports) if lynx.codec in TABLE_CODECS else 0
     if len(lynx.tables) != needed:
@@ -168,6 +208,11 @@ def _check_version(lynx: object) -> None:
     version = lynx.get("version") if isinstance(lynx, dict) else None
     if isinstance(version, int) and version != PROTOCOL_VERSION:
         raise ProtocolError(
-            f"prefill speaks Lynx protocol {version}, this instance "
+            f"prefill speaks Lynx protocol {_number(version)}, this instance "
             f"{PROTOCOL_VERSION}: run the same lynx-connector on both sides"
         )
+
+
+def _number(value: int) -> str:
+    """As decimal digits, which Python refuses to make of very large numbers."""
+    return str(value) if abs(value) < 1 << 64 else "(a very large number)"

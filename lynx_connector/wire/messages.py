@@ -23,7 +23,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from lynx_connector.errors import ProtocolError
+from lynx_connector.errors import ProtocolError, shown
 
 PROTOCOL_VERSION = 4
 
@@ -34,7 +34,13 @@ MAX_CAUSE = 240
 MAX_HELD = 6  # ids of full length in one slot
 
 Text = Annotated[str, Meta(max_length=256)]
-Id = Annotated[str, Meta(min_length=1, max_length=128)]
+# Ids get into logs and files: no control characters, and no lone surrogates, which have no UTF-8.
+Id = Annotated[
+    str,
+    Meta(
+        min_length=1, max_length=128, pattern=r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+\Z"
+    ),
+]
 Count = Annotated[int, Meta(ge=0, le=1 << 40)]
 Nonce = Annotated[bytes, Meta(max_length=64)]
 PayloadBytes = Annotated[int, Meta(ge=1, le=1 << 30)]
@@ -43,6 +49,10 @@ TokenId = Annotated[int, Meta(ge=0, lt=1 << 31)]
 # Digests become file names: nothing but hex digits may pass. \Z, since $ allows a final newline.
 Digest = Annotated[str, Meta(pattern=r"^[0-9a-f]{32}\Z")]
 MaybeDigest = Annotated[str, Meta(pattern=r"^(?:[0-9a-f]{32})?\Z")]
+
+
+DECODE_ERRORS = (msgspec.DecodeError, UnicodeError, RecursionError)
+"""What msgspec raises on foreign bytes: malformed, not UTF-8, nested too deep."""
 
 
 class Message(msgspec.Struct, tag=True, forbid_unknown_fields=True):
@@ -222,7 +232,10 @@ def encode(message: Message) -> bytearray:
     Raises:
         ProtocolError: if the message does not fit.
     """
-    body = _encoder.encode(message)
+    try:
+        body = _encoder.encode(message)
+    except UnicodeError:
+        raise ProtocolError(f"{type(message).__name__} has a text that is no Unicode") from None
     if len(body) > SLOT_BYTES - _LENGTH.size:
         raise ProtocolError(f"{type(message).__name__} of {len(body)} bytes exceeds a slot")
     slot = bytearray(SLOT_BYTES)
@@ -241,10 +254,10 @@ def decode(slot: bytes | bytearray | memoryview) -> AnyMessage:
         raise ProtocolError(f"a control slot has {SLOT_BYTES} bytes, got {len(slot)}")
     magic, length = _LENGTH.unpack_from(slot, 0)
     if magic != _MAGIC:
-        raise ProtocolError(f"not a Lynx message (starts with {magic!r})")
+        raise ProtocolError(f"not a Lynx message (starts with {bytes(magic)!r})")
     if length > SLOT_BYTES - _LENGTH.size:
         raise ProtocolError(f"control message claims {length} bytes")
     try:
         return _decoder.decode(memoryview(slot)[_LENGTH.size : _LENGTH.size + length])
-    except msgspec.DecodeError as error:
-        raise ProtocolError(f"malformed control message: {error}") from None
+    except DECODE_ERRORS as error:
+        raise ProtocolError(f"malformed control message: {shown(str(error))}") from None

@@ -263,3 +263,48 @@ def test_what_is_remembered_is_bounded(server):
     for i in range(MAX_REMEMBERED + 10):
         assert server.expect(str(i))
     assert len(server._answers) == MAX_REMEMBERED
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["http://[::1", "http://xn--zz", "http://a:99999", "http://a..b", "http://a:b", "http://[x]:1"],
+)
+def test_an_address_that_is_none_fails_its_request_alone(client, address):
+    """httpx raises what is not among its own errors."""
+    with pytest.raises(TransferError, match="bootstrap http"):
+        client.resolve(MooncakeLeg("x", "engine", address)).result(60)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"state":"ready","handoff":{"a":' + b"[" * 60_000 + b"}}",
+        b'{"state":"ready","x":' + b"[" * 60_000 + b"}}",
+        b'{"state":"failed","cause":"\xff"}',
+        b'{"state":"ready\xff"}',
+        b'{"state":"failed","cause":"' + b"x" * 60_000 + b'"}',
+        b'{"state":"failed","cause":"a\\u0000\\nb"}',
+        b'{"state":"ready","handoff":{"remote_engine_id":"' + b"x" * 60_000 + b'"}}',
+    ],
+    ids=lambda body: repr(body[:30]),
+)
+def test_an_answer_that_is_none_fails_its_request_alone(client, body):
+    class Nonsense(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args):
+            pass
+
+    rogue = http.server.HTTPServer(("127.0.0.1", 0), Nonsense)
+    threading.Thread(target=rogue.serve_forever, daemon=True).start()
+    try:
+        address = f"http://127.0.0.1:{rogue.server_port}"
+        with pytest.raises(TransferError) as error:
+            client.resolve(MooncakeLeg("x", "engine", address)).result(30)
+        assert str(error.value).isprintable() and len(str(error.value)) < 600
+    finally:
+        rogue.shutdown()
+        rogue.server_close()
