@@ -70,6 +70,16 @@ def keeps_shadows_opaque(scheduler: Scheduler) -> bool:
     )
 
 
+def can_score_prompts(scheduler: Scheduler) -> bool:
+    """Whether the runner can return prompt logprobs in any batch.
+
+    With LoRA it computes logits for the rows of one request, or of all tokens (V2), under a mapping
+    from rows to adapters that was made for one row a request (R1:2239, R1:5375): other shapes end
+    the engine on CPU, and a wrong adapter's lm_head is silently taken on a GPU.
+    """
+    return scheduler.lora_config is None
+
+
 # ---- one request --------------------------------------------------------------------------------
 
 
@@ -117,6 +127,25 @@ def make_room(scheduler: Scheduler, request: Request, drafts: int) -> int:
     if not drafts or scheduler.kv_cache_manager.allocate_slots(request, drafts) is not None:
         return drafts
     return min(drafts, *(n - request.num_tokens for n in _slots_held(scheduler, request)))
+
+
+def room_for_first_token(scheduler: Scheduler, request: Request) -> bool:
+    """Whether a request that waits for its load can hold one token more than its prompt.
+
+    vLLM reserves what the load needs, which for a prompt of whole blocks leaves no slot for a token
+    behind it. Without one the request could not be scheduled once its KV is here: of requests that
+    hold the whole cache that way none would ever run (S:1275: nobody is preempted for a waiting
+    request). So the slot is taken now, where it is not promised to others.
+    """
+    if all(held > request.num_tokens for held in _slots_held(scheduler, request)):
+        return True
+    blocks = scheduler.kv_cache_manager.allocate_slots(
+        request,
+        1,
+        delay_cache_blocks=True,  # the load is still under way
+        reserved_blocks=scheduler._inflight_prefill_reserved_blocks(),
+    )
+    return blocks is not None
 
 
 def _slots_held(scheduler: Scheduler, request: Request) -> list[int]:
@@ -181,19 +210,16 @@ def free_slots(scheduler: Scheduler, output: SchedulerOutput) -> int:
     return scheduler.max_num_running_reqs - used
 
 
-def lora_fits(scheduler: Scheduler, output: SchedulerOutput, request: Request) -> bool:
-    """Whether the step can also run `request`'s LoRA adapter (as S:898 and S:942 ask)."""
+def adapter_fits(scheduler: Scheduler, request: Request) -> bool:
+    """Whether a waiting request's LoRA adapter may join those of all running requests.
+
+    vLLM counts the adapters that are scheduled in the step (S:890, S:942). A frozen request is not,
+    but computes again later, and then all running ones must fit into a step (assert in S:897).
+    """
     if not scheduler.lora_config or not request.lora_request:
         return True
-    scheduled = {
-        other.lora_request.lora_int_id
-        for rid in output.num_scheduled_tokens
-        if (other := scheduler.requests.get(rid)) is not None and other.lora_request
-    }
-    scheduled.update(
-        new.lora_request.lora_int_id for new in output.scheduled_new_reqs if new.lora_request
-    )
-    return len(scheduled | {request.lora_request.lora_int_id}) <= scheduler.lora_config.max_loras
+    adapters = {r.lora_request.lora_int_id for r in scheduler.running if r.lora_request}
+    return len(adapters | {request.lora_request.lora_int_id}) <= scheduler.lora_config.max_loras
 
 
 def add_shadows(

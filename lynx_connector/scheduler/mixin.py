@@ -95,6 +95,17 @@ class SpeculativeStartMixin(_Base):
         self._verifier.send(output)
         return output
 
+    def _handle_blocked_waiting_request(self, request: Request) -> bool:
+        if not self._speculates:
+            return super()._handle_blocked_waiting_request(request)
+        if not hooks.adapter_fits(self, request):
+            return False
+        loading = hooks.waits_for_load(request)
+        ready = super()._handle_blocked_waiting_request(request)
+        # A lost load has given its blocks back. Passed over once, the request leaves the queue of
+        # those that hold some: at its head it would keep them from running until it has new ones.
+        return ready and not (loading and not self._holds_kv_blocks(request))
+
     def get_grammar_bitmask(self, scheduler_output: SchedulerOutput) -> GrammarOutput | None:
         result = super().get_grammar_bitmask(scheduler_output)
         return self._verifier.add_masks(result, scheduler_output) if self._speculates else result
@@ -218,6 +229,8 @@ class SpeculativeStartMixin(_Base):
             if request is None or not hooks.waits_for_load(request) or request.num_output_tokens:
                 continue
             if token >= self._vocabulary or hooks.keeps_shadows_opaque(self):
+                continue
+            if not hooks.room_for_first_token(self, request):
                 continue
             self._handed_over.add(request_id)
             self._port.event("first_token", request_id, token=token)

@@ -52,10 +52,11 @@ class Verifier:
         scheduler = self._scheduler
         facts = shadows.sampling_facts(request, opaque=self._opaque)
         decodes = scheduler.max_num_active_reqs
+        fits = drafting.rows + decodes <= scheduler.max_num_scheduled_tokens
         return facts.path(
             v2_runner=scheduler.use_v2_model_runner,
             rows=drafting.rows,
-            one_pass_fits=drafting.rows + decodes <= scheduler.max_num_scheduled_tokens,
+            one_pass_fits=fits and hooks.can_score_prompts(scheduler),
             slots=self._sure_slots,
         )
 
@@ -91,7 +92,7 @@ class Verifier:
         for request_id, state in self._states.items():
             request = scheduler.requests[request_id]
             tokens = scheduler.max_num_scheduled_tokens - output.total_num_scheduled_tokens
-            if state.in_flight or not hooks.lora_fits(scheduler, output, request):
+            if state.in_flight:
                 continue
             if state.how is VerifyPath.ONE_PASS:
                 rows = state.next_rows(state.rows if slots > 0 and tokens >= state.rows else 0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Drives one in-process vLLM engine step by step, in one of four flavours.
+"""Drives one in-process vLLM engine step by step, in one of four flavours, or a variant of one.
 
 `python scheduler_harness.py FLAVOUR MODEL_FOLDER RESULTS.json [CASE ...]` runs the case list and
 writes {case: {"ok", "seconds", "detail"}}. A flavour needs a process of its own: environment
@@ -24,6 +24,13 @@ from pathlib import Path
 from typing import Any
 
 FLAVOURS = ("v1-sync", "v1-async", "v2-sync", "v2-async")
+_LORA: dict[str, Any] = {"enable_lora": True, "max_lora_rank": 8, "max_cpu_loras": 3}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "lora1": _LORA | {"max_loras": 1},
+    "lora2": _LORA | {"max_loras": 2},
+}
+"""What an engine is started with beside the flavour; "v1-sync+lora1" names both."""
+ADAPTERS = ("a", "b", "c")
 MAX_NUM_SEQS = 8
 BLOCK_SIZE = 32
 NUM_BLOCKS = 80
@@ -62,10 +69,14 @@ def build(flavour: str, model: str, **options: Any) -> Any:
     from vllm import LLM
     from vllm.config import VllmConfig
 
+    flavour, _, variant = flavour.partition("+")
+    options = VARIANTS.get(variant, {}) | options
     asynchronous = flavour.endswith("async")
     if asynchronous:
         VllmConfig.max_concurrent_batches = property(lambda self: 2)
     scheduler = "LynxAsyncScheduler" if asynchronous else "LynxScheduler"
+    if options.get("enable_lora"):
+        spare_base_requests()
     defaults: dict[str, Any] = {
         "dtype": "float32",
         "max_model_len": 512,
@@ -87,13 +98,32 @@ def build(flavour: str, model: str, **options: Any) -> Any:
     return LLM(model, **(defaults | options))
 
 
+def spare_base_requests() -> None:
+    """Have vLLM's CPU operations for LoRA leave the rows of requests without an adapter alone.
+
+    The index of such a row is -1, which they take for the last adapter: in a batch with adapters
+    the CPU build answers requests of the base model with that one's weights. GPU kernels do not.
+    """
+    from vllm.lora.ops.torch_ops import lora_ops
+    from vllm.lora.punica_wrapper import punica_cpu
+
+    shrink = lora_ops.bgmv_shrink
+
+    def spared(x: Any, weights: Any, y: Any, indices: Any, *scale: Any) -> None:
+        shrink(x * (indices >= 0).unsqueeze(1), weights, y, indices, *scale)
+
+    lora_ops.bgmv_shrink = punica_cpu.bgmv_shrink = spared
+
+
 class Harness:
     """One engine, its scheduler, prompts, and reference outputs of ordinary requests."""
 
-    def __init__(self, llm: Any, flavour: str) -> None:
-        self.flavour = flavour
-        self.v2 = flavour.startswith("v2")
-        self.asynchronous = flavour.endswith("async")
+    def __init__(self, llm: Any, flavour: str, adapters: Path | None = None) -> None:
+        """`adapters`: the folder that holds a LoRA adapter for each name in ADAPTERS."""
+        self.flavour, _, self.variant = flavour.partition("+")
+        self.v2 = self.flavour.startswith("v2")
+        self.asynchronous = self.flavour.endswith("async")
+        self._adapters = adapters
         self.tokenizer = llm.get_tokenizer()
         self.engine = llm.llm_engine
         self.core = self.engine.engine_core.engine_core
@@ -114,9 +144,14 @@ class Harness:
     # ---- requests
 
     def add(
-        self, prompt: str | list[int], transfer: dict[str, Any] | None = None, **params: Any
+        self,
+        prompt: str | list[int],
+        transfer: dict[str, Any] | None = None,
+        lora: str | None = None,
+        **params: Any,
     ) -> str:
         from vllm import SamplingParams
+        from vllm.lora.request import LoRARequest
 
         self._names += 1
         name = f"r{self._names}"
@@ -124,8 +159,15 @@ class Harness:
         params = {"temperature": 0, "max_tokens": most, "ignore_eos": True} | params
         tokens = self.prompts[prompt] if isinstance(prompt, str) else prompt
         extra = {"kv_transfer_params": transfer} if transfer else None
+        adapter = None
+        if lora is not None:
+            path = str(self._adapters / lora)
+            adapter = LoRARequest(lora, 1 + ADAPTERS.index(lora), path)
         self.engine.add_request(
-            name, {"prompt_token_ids": tokens}, SamplingParams(extra_args=extra, **params)
+            name,
+            {"prompt_token_ids": tokens},
+            SamplingParams(extra_args=extra, **params),
+            lora_request=adapter,
         )
         return name
 
@@ -133,8 +175,9 @@ class Harness:
         self, prompt: str, *, anchor: int = 2, residual: int = 16, bits: int = 4, **params: Any
     ) -> str:
         """A request whose KV comes in two tiers."""
+        lora = params.get("lora")
         transfer = {
-            "load": prompt,
+            "load": self.save(prompt, lora),
             "anchor_delay": anchor,
             "residual_delay": residual,
             "bits": bits,
@@ -142,17 +185,18 @@ class Harness:
         for key in ("fail", "fail_early", "lose_anchor", "blocking", "first", "first_delay"):
             if key in params:
                 transfer[key] = params.pop(key)
-        self.save(prompt)
         return self.add(prompt, transfer, **params)
 
-    def save(self, prompt: str) -> None:
-        """Have the exact KV of a prompt stored, once."""
+    def save(self, prompt: str, lora: str | None = None) -> str:
+        """Have the exact KV of a prompt stored, once, under the key that is returned."""
         from fake_transfer import FakeTransferConnector
 
-        if prompt not in FakeTransferConnector.stored:
-            self.add(prompt, {"save": prompt}, max_tokens=1)
+        key = prompt if lora is None else f"{prompt}+{lora}"
+        if key not in FakeTransferConnector.stored:
+            self.add(prompt, {"save": key}, lora=lora, max_tokens=1)
             self.run()
             self.settle()
+        return key
 
     def step(self) -> list[Any]:
         return self.engine.step()
@@ -175,7 +219,7 @@ class Harness:
         """The completion of an ordinary request on an empty prefix cache."""
         key = repr((prompt, sorted(params.items(), key=lambda item: item[0])))
         if key not in self._references:
-            self.save(prompt)
+            self.save(prompt, params.get("lora"))
             name = self.add(prompt, **params)
             self._references[key] = self.run()[name].outputs[0]
             self.settle()
@@ -231,10 +275,12 @@ def main() -> None:
     prepare(flavour)
     import early_reply_cases  # noqa: F401  registers its cases
     import first_token_cases  # noqa: F401  registers its cases
+    import full_cache_cases  # noqa: F401  registers its cases
+    import lora_cases  # noqa: F401  registers its cases
     from scheduler_cases import CASES
 
     started = time.monotonic()
-    harness = Harness(build(flavour, model), flavour)
+    harness = Harness(build(flavour, model), flavour, Path(model).parent)
     print(f"{flavour}: up in {time.monotonic() - started:.0f} s", flush=True)
     results: dict[str, dict[str, Any]] = {}
     broken = None

@@ -23,13 +23,16 @@ sys.path.insert(0, str(HERE))
 
 import early_reply_cases  # noqa: E402, F401
 import first_token_cases  # noqa: E402, F401  registers its cases
+import full_cache_cases  # noqa: E402, F401  registers its cases
+import lora_cases  # noqa: E402, F401  registers its cases
 import tiny_llama  # noqa: E402
 from scheduler_cases import CASES  # noqa: E402
-from scheduler_harness import FLAVOURS  # noqa: E402
+from scheduler_harness import ADAPTERS, FLAVOURS, VARIANTS  # noqa: E402
 
+STARTED_AS = [*FLAVOURS, *(f"{flavour}+{variant}" for flavour in FLAVOURS for variant in VARIANTS)]
 PARAMETERS = [
     pytest.param(flavour, name, id=f"{flavour}-{name}")
-    for flavour in FLAVOURS
+    for flavour in STARTED_AS
     for name, case in CASES.items()
     if case.runs_on(flavour)
 ]
@@ -45,6 +48,8 @@ class Results:
         self._folder = folder
         self._selected = selected
         self._model = tiny_llama.write(folder / "tiny-llama")
+        for seed, adapter in enumerate(ADAPTERS):
+            tiny_llama.write_adapter(folder / adapter, seed)
         self._pool = ThreadPoolExecutor(2)
         self._runs: dict[str, Future[tuple[dict[str, Any], str]]] = {}
 

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes a tiny Llama with random float32 weights and a byte-level tokenizer: steps of a few ms."""
+"""Writes a tiny Llama with random float32 weights and a byte-level tokenizer: steps of a few ms.
+
+And LoRA adapters for it, whose weights are random, too.
+"""
 
 import json
 from pathlib import Path
@@ -34,6 +37,32 @@ def write(folder: Path) -> Path:
     (folder / "config.json").write_text(json.dumps(CONFIG))
     _write_weights(folder)
     _write_tokenizer(folder)
+    return folder
+
+
+def write_adapter(folder: Path, seed: int, rank: int = 8) -> Path:
+    """Write a LoRA adapter of all attention projections that changes what the model says."""
+    import torch
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    hidden = CONFIG["hidden_size"]
+    q = CONFIG["num_attention_heads"] * CONFIG["head_dim"]
+    kv = CONFIG["num_key_value_heads"] * CONFIG["head_dim"]
+    shapes = {"q_proj": (hidden, q), "k_proj": (hidden, kv), "v_proj": (hidden, kv)}
+    shapes["o_proj"] = (q, hidden)
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": rank}
+    config |= {"target_modules": list(shapes), "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for layer in range(CONFIG["num_hidden_layers"]):
+        for name, (inputs, outputs) in shapes.items():
+            prefix = f"base_model.model.model.layers.{layer}.self_attn.{name}."
+            down = torch.randn(rank, inputs, generator=generator) / inputs**0.5
+            up = torch.randn(outputs, rank, generator=generator) / rank**0.5
+            tensors |= {prefix + "lora_A.weight": down, prefix + "lora_B.weight": up}
+    save_file(tensors, folder / "adapter_model.safetensors")
     return folder
 
 
