@@ -95,7 +95,7 @@ def full_cache_of_all_kinds(h: Harness) -> None:
 @case
 def lost_load_does_not_hold_up_those_that_landed(h: Harness) -> None:
     """Others take the blocks that it has given back: it waits for new ones behind no queue."""
-    lost, other = _prompts(h, 128, 96)
+    lost, other = _prompts(h, 128, 80)
     references = [h.reference(name, max_tokens=MOST) for name in (lost, other)]
     scheduler = h.scheduler
     promote = scheduler._update_waiting_for_remote_kv

@@ -16,6 +16,7 @@ import json
 import os
 import random
 import sys
+import tempfile
 import time
 import traceback
 import types
@@ -25,7 +26,23 @@ from typing import Any
 
 FLAVOURS = ("v1-sync", "v1-async", "v2-sync", "v2-async")
 _LORA: dict[str, Any] = {"enable_lora": True, "max_lora_rank": 8, "max_cpu_loras": 3}
+_FAKE = {
+    "kv_connector": "FakeTransferConnector",
+    "kv_role": "kv_both",
+    "kv_connector_module_path": "fake_transfer",
+}
+_STORE: dict[str, Any] = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
+
+
+def _several(*connectors: dict[str, Any]) -> dict[str, Any]:
+    config = {"kv_connector": "MultiConnector", "kv_role": "kv_both"}
+    config |= {"kv_connector_extra_config": {"connectors": list(connectors)}}
+    return {"kv_transfer_config": config | {"kv_load_failure_policy": "recompute"}}
+
+
 VARIANTS: dict[str, dict[str, Any]] = {
+    "multi": _several(_FAKE, _STORE),
+    "multi_last": _several(_STORE, _FAKE),
     "lora1": _LORA | {"max_loras": 1},
     "lora2": _LORA | {"max_loras": 2},
 }
@@ -75,6 +92,7 @@ def build(flavour: str, model: str, **options: Any) -> Any:
     if asynchronous:
         VllmConfig.max_concurrent_batches = property(lambda self: 2)
     scheduler = "LynxAsyncScheduler" if asynchronous else "LynxScheduler"
+    _STORE["kv_connector_extra_config"] = {"shared_storage_path": tempfile.mkdtemp()}
     if options.get("enable_lora"):
         spare_base_requests()
     defaults: dict[str, Any] = {
@@ -88,12 +106,7 @@ def build(flavour: str, model: str, **options: Any) -> Any:
         "enable_prefix_caching": True,
         "disable_log_stats": False,
         "scheduler_cls": f"lynx_connector.scheduler.{scheduler}",
-        "kv_transfer_config": {
-            "kv_connector": "FakeTransferConnector",
-            "kv_role": "kv_both",
-            "kv_connector_module_path": "fake_transfer",
-            "kv_load_failure_policy": "recompute",
-        },
+        "kv_transfer_config": _FAKE | {"kv_load_failure_policy": "recompute"},
     }
     return LLM(model, **(defaults | options))
 
@@ -120,15 +133,19 @@ class Harness:
 
     def __init__(self, llm: Any, flavour: str, adapters: Path | None = None) -> None:
         """`adapters`: the folder that holds a LoRA adapter for each name in ADAPTERS."""
+        from lynx_connector.scheduler import startup
+
         self.flavour, _, self.variant = flavour.partition("+")
         self.v2 = self.flavour.startswith("v2")
         self.asynchronous = self.flavour.endswith("async")
         self._adapters = adapters
+        self.store = Path(_STORE["kv_connector_extra_config"]["shared_storage_path"])
         self.tokenizer = llm.get_tokenizer()
         self.engine = llm.llm_engine
         self.core = self.engine.engine_core.engine_core
         self.scheduler = self.core.scheduler
-        self.port = self.scheduler.connector.speculation
+        self.connector = startup.find_lynx(self.scheduler.connector)
+        self.port = self.connector.speculation
         self.runner = self.core.model_executor.driver_worker.worker.model_runner
         self.pool = self.scheduler.kv_cache_manager.block_pool
         self.free_blocks = self.pool.get_num_free_blocks()
@@ -261,7 +278,7 @@ class Harness:
         assert len(scheduler._verifier) == 0
         assert not scheduler._verifier._logprobs
         assert not scheduler.deferred_frees
-        assert not scheduler.connector._params
+        assert not self.connector._params
         assert scheduler.sched_step_seq == scheduler.processed_step_seq
         assert self.pool.get_num_free_blocks() == self.free_blocks
         known = self.runner.req_states.req_id_to_index if self.v2 else self.runner.requests
@@ -277,6 +294,7 @@ def main() -> None:
     import first_token_cases  # noqa: F401  registers its cases
     import full_cache_cases  # noqa: F401  registers its cases
     import lora_cases  # noqa: F401  registers its cases
+    import multi_connector_cases  # noqa: F401  registers its cases
     from scheduler_cases import CASES
 
     started = time.monotonic()

@@ -25,6 +25,7 @@ import early_reply_cases  # noqa: E402, F401
 import first_token_cases  # noqa: E402, F401  registers its cases
 import full_cache_cases  # noqa: E402, F401  registers its cases
 import lora_cases  # noqa: E402, F401  registers its cases
+import multi_connector_cases  # noqa: E402, F401  registers its cases
 import tiny_llama  # noqa: E402
 from scheduler_cases import CASES  # noqa: E402
 from scheduler_harness import ADAPTERS, FLAVOURS, VARIANTS  # noqa: E402
