@@ -22,7 +22,7 @@ PAGES = TRACKED or [str(page.relative_to(ROOT)) for page in ROOT.glob("[!.]*/**/
 
 def table():
     text = (ROOT / "docs/configuration.md").read_text().split("## Keys")[1].split("\n## ")[0]
-    rows = re.findall(r"^\| `(\w+)` \| ([^|]+) \| (producer|consumer|both) \|", text, re.M)
+    rows = re.findall(r"^\| `(\w+)` \| ([^|]+) \| [^|]+ \| (producer|consumer|both) \|", text, re.M)
     return {key: default.strip().strip("`") for key, default, _ in rows}
 
 
