@@ -13,7 +13,7 @@ from lynx_connector.codec import KVGeometry, Tier
 from lynx_connector.codec.types import DTYPES
 from lynx_connector.consumer.budget import Reservation
 from lynx_connector.engine.metadata import LoadRequest
-from lynx_connector.errors import TransferError
+from lynx_connector.errors import TransferError, shown
 from lynx_connector.tiers.pieces import ExactRun, Piece, TierBuffers, TokenRange
 from lynx_connector.tiers.raw_vectors import RawVectors, record_bytes
 from lynx_connector.wire import messages
@@ -106,8 +106,8 @@ class InboundTransfer:
             or frame.exceptions > len(tokens) * self._geometry.vectors_per_token
         ):
             raise TransferError(
-                f"malformed {tier.name.lower()} frame: {frame.codec} tokens {tokens.start} to "
-                f"{tokens.end} with {frame.exceptions} exceptions in {frame.num_bytes} bytes, "
+                f"malformed {tier.name.lower()} frame: {shown(frame.codec)} tokens "
+                f"{tokens.start} to {tokens.end} with {frame.exceptions} exceptions in {frame.num_bytes} bytes, "
                 f"expected {piece.codec.name} from token {next_token}, {least} to {most} bytes"
             )
         if tier is not Tier.ANCHOR and self._here[Tier(tier - 1)] < tokens.end:

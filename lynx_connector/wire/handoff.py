@@ -197,8 +197,8 @@ def parse_handoff(params: dict[str, Any]) -> Handoff:
     needed = len(lynx.ports) if lynx.codec in TABLE_CODECS else 0
     if len(lynx.tables) != needed:
         raise ProtocolError(
-            f"malformed kv_transfer_params: codec {lynx.codec} on {len(lynx.ports)} ranks needs "
-            f"{needed} tables, the handoff names {len(lynx.tables)}"
+            f"malformed kv_transfer_params: codec {shown(lynx.codec)} on {len(lynx.ports)} ranks "
+            f"needs {needed} tables, the handoff names {len(lynx.tables)}"
         )
     return handoff
 

@@ -70,10 +70,13 @@ class Mutator:
             elif what == 5 and isinstance(holder, dict):
                 holder[self.random.choice(_TEXTS)] = self.value()
             elif what == 5:
-                holder.extend([copy.deepcopy(holder[key])] * self.random.choice((1, 2, 600)))
+                # Of fields only, and of short lists: trees must not grow without bounds themselves.
+                grown = isinstance(holder[key], dict | list) or len(holder) > 100
+                holder.extend([holder[key]] * (0 if grown else self.random.choice((1, 2, 600))))
             elif what == 6:
                 other, name = self.random.choice(places)
-                holder[key] = copy.deepcopy(other.get(name) if isinstance(other, dict) else None)
+                value = other.get(name) if isinstance(other, dict) else None
+                holder[key] = copy.deepcopy(value) if len(places) < 200 else None
             else:
                 deep: Tree = holder[key]
                 for _ in range(self.random.choice((1, 3, 100))):

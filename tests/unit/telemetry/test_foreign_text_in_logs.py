@@ -117,3 +117,9 @@ def test_a_version_of_thousands_of_digits(version):
     with pytest.raises(LynxError) as caught:
         parse_handoff(objects.handoff(version=version))
     assert len(str(caught.value)) < 300
+
+
+def test_a_codec_that_is_none_is_shown_escaped():
+    with pytest.raises(LynxError) as caught:
+        parse_handoff(objects.handoff(codec="\u202ex\u0bdb", tables=["0" * 32]))
+    assert str(caught.value).isprintable()
