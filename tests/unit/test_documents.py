@@ -180,7 +180,10 @@ def test_commands_that_are_named_exist(page):
     """Each `lynx ...` with its options, up to the end of its line, code or comment."""
     known = commands(typer.main.get_command(app))
     text = read(page).replace("\\\n", " ")
-    quoted = [*re.findall(r"`(lynx [^`]+)`", text), *re.findall(r"^ {4}.*?\b(lynx .+)$", text, re.M)]
+    quoted = [
+        *re.findall(r"`(lynx [^`]+)`", text),
+        *re.findall(r"^ {4}.*?\b(lynx .+)$", text, re.M),
+    ]
     for line in quoted:
         words = re.split(r" #|&&|[|;&]", line)[0].split()
         names = [" ".join(words[:count]) for count in (3, 2, 1)]
