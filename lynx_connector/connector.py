@@ -30,6 +30,7 @@ from lynx_connector.engine.compat import (
 from lynx_connector.engine.metadata import LynxHandshakeMetadata, LynxMetadata, LynxWorkerMetadata
 from lynx_connector.engine.shutdown import ShutdownNotice
 from lynx_connector.engine.stats import LynxPromMetrics, LynxStats
+from lynx_connector.errors import ConfigError
 from lynx_connector.plan import KVShape
 from lynx_connector.plan.planner import Planner
 from lynx_connector.producer.bootstrap import BootstrapServer
@@ -219,6 +220,12 @@ class LynxConnector(KVConnectorBase_V1):
     ) -> None:
         if self._producer:
             workers = [metadata[rank] for rank in sorted(metadata)]
+            if not all(isinstance(worker, LynxHandshakeMetadata) for worker in workers):
+                # MultiConnector passes on what the first of its connectors says.
+                raise ConfigError(
+                    f"{type(workers[0]).__name__} came in the place of LynxConnector's: name "
+                    "LynxConnector first in MultiConnector's kv_connector_extra_config.connectors"
+                )
             self._producer.set_workers([w.port for w in workers], [w.tables for w in workers])
 
     # ---- worker side --------------------------------------------------------------------------

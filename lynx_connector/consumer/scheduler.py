@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from lynx_connector.config import LynxConfig
@@ -406,6 +406,10 @@ class ConsumerScheduler:
         return len(self._decodes)
 
     # ---- SpeculationPort ------------------------------------------------------------------
+
+    def start_blocking(self) -> None:
+        """No request of this instance starts on its anchor."""
+        self._admission = replace(self._admission, speculative=False)
 
     def take_started(self) -> list[str]:
         """Requests that will start on their anchor."""

@@ -87,11 +87,6 @@ def check_supported(vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig |
             raise ConfigError(f"{key} = {value}: LynxConnector supports 1; set --{_flag(key)} 1")
     if getattr(parallel, "enable_dbo", False):
         raise ConfigError("enable_dbo = True: LynxConnector needs it off; drop --enable-dbo")
-    if vllm_config.speculative_config is not None:
-        raise ConfigError(
-            "speculative_config is set: speculative decoding and LynxConnector cannot be combined; "
-            "drop --speculative-config"
-        )
     if kv_cache_config is None:
         return
     groups = kv_cache_config.kv_cache_groups
@@ -139,11 +134,21 @@ def check_bootstrap(config: LynxConfig, vllm_config: "VllmConfig") -> None:
 def resolve_start(config: LynxConfig, vllm_config: "VllmConfig") -> bool:
     """Whether requests of this consumer start on the anchor unless they say otherwise.
 
+    Never beside vLLM's own speculative decoding, which drafts from what it takes for the truth.
+
     Raises:
-        ConfigError: `start: speculative` without LynxScheduler.
+        ConfigError: `start: speculative` without LynxScheduler, or beside `speculative_config`.
     """
     present = has_lynx_scheduler(vllm_config)
     kv_transfer = vllm_config.kv_transfer_config
+    if vllm_config.speculative_config is not None:
+        if config.start is StartMode.SPECULATIVE and kv_transfer.is_kv_consumer:
+            raise ConfigError(
+                "kv_connector_extra_config.start = 'speculative' does not go with "
+                "--speculative-config; set start to 'auto' or 'blocking', or drop "
+                "--speculative-config"
+            )
+        return False
     if config.start is StartMode.SPECULATIVE and not present and kv_transfer.is_kv_consumer:
         raise ConfigError(
             "kv_connector_extra_config.start = 'speculative' needs --scheduler-cls "

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.v1.request import RequestStatus
 
-from lynx_connector.scheduler import hooks
+from lynx_connector.scheduler import hooks, startup
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -31,7 +31,8 @@ class EarlyReplyMixin(_Base):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._replies: EarlyReplyPort | None = getattr(self.connector, "early_replies", None)
+        lynx = startup.find_lynx(self.connector)
+        self._replies: EarlyReplyPort | None = getattr(lynx, "early_replies", None)
         self._refused: list[Request] = []  # ended, the front end does not know yet
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:

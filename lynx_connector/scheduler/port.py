@@ -25,6 +25,9 @@ class SpeculationPort(Protocol):
     verify_rows: int
     """Most one-token rows that one request gets in one verification step."""
 
+    def start_blocking(self) -> None:
+        """From now on no load is lossy: each reports `finished_recving` at its final tier."""
+
     def take_started(self) -> list[str]:
         """Requests whose load was just allocated and reports `finished_recving` at the anchor."""
 

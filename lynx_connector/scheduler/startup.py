@@ -9,7 +9,7 @@ two have to match, and only the scheduler can tell.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
 from vllm.v1.kv_cache_interface import FullAttentionSpec, UniformTypeKVCacheSpecs
@@ -28,11 +28,34 @@ logger = init_logger(f"vllm.{__name__}")
 _PATH = "lynx_connector.scheduler"
 
 
+def find_lynx(connector: Any) -> Any:
+    """The connector that hands over KV in tiers: `connector`, or one inside a MultiConnector.
+
+    None where there is none.
+
+    Raises:
+        ConfigError: there are two.
+    """
+    if hasattr(connector, "speculation"):
+        return connector
+    found = [one for child in _children(connector) if (one := find_lynx(child)) is not None]
+    if len(found) > 1:
+        raise ConfigError(
+            "LynxConnector stands twice in kv_connector_extra_config.connectors. Remedy: name it "
+            "once; kv_role 'kv_both' serves both directions."
+        )
+    return found[0] if found else None
+
+
+def _children(connector: Any) -> list[Any]:
+    return list(getattr(connector, "sub_connectors", ()))
+
+
 def find_port(scheduler: Scheduler) -> SpeculationPort | None:
     """The connector's speculation port; None where there is nothing to speculate on.
 
     Raises:
-        ConfigError: the connector is not one that hands over KV in tiers.
+        ConfigError: no connector is one that hands over KV in tiers.
     """
     connector = scheduler.connector
     if connector is None:
@@ -40,13 +63,34 @@ def find_port(scheduler: Scheduler) -> SpeculationPort | None:
             "No KV connector is configured: %s works as vLLM's own.", type(scheduler).__name__
         )
         return None
-    if not hasattr(connector, "speculation"):
+    lynx = find_lynx(connector)
+    if lynx is None:
+        role = scheduler.vllm_config.kv_transfer_config.kv_role
+        ours = f'{{"kv_connector":"LynxConnector","kv_role":"{role}"}}'
+        names = [type(child).__name__ for child in _children(connector)]
         raise ConfigError(
             f"--scheduler-cls {_PATH}.{type(scheduler).__name__} needs LynxConnector, but the KV "
-            f"connector is {type(connector).__name__}. Remedy: --kv-transfer-config "
-            '\'{"kv_connector":"LynxConnector","kv_role":"kv_consumer"}\', or drop --scheduler-cls.'
+            f"connector is {type(connector).__name__}{names or ''}. Remedy: "
+            + (f"add {ours} to its connectors" if names else f"--kv-transfer-config '{ours}'")
+            + ", or drop --scheduler-cls."
         )
-    port: SpeculationPort | None = connector.speculation
+    port: SpeculationPort | None = lynx.speculation
+    if port is None:
+        return None
+    if scheduler.vllm_config.speculative_config is not None:
+        logger.warning(
+            "--speculative-config is set: no request starts speculatively on its anchor, each "
+            "waits for the final tier of its KV and then decodes with vLLM's own drafts."
+        )
+        return None
+    siblings = [type(child).__name__ for child in _children(connector) if child is not lynx]
+    if siblings:
+        logger.warning(
+            "LynxConnector shares its requests with %s, which may keep their KV: no request "
+            "starts speculatively on its anchor, each waits for the final tier.",
+            ", ".join(siblings),
+        )
+        port.start_blocking()
     return port
 
 
@@ -83,8 +127,6 @@ def check_supported(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> 
         obstacle = "context parallelism"
     elif parallel.use_ubatching:
         obstacle = "dual batch overlap (it splits the rows of one verification)"
-    elif vllm_config.speculative_config is not None:
-        obstacle = "--speculative-config"
     elif not all(_keeps_blocks(group.kv_cache_spec) for group in kv_cache_config.kv_cache_groups):
         obstacle = "a model whose layers are not all full attention (its cache cannot be rewound)"
     if obstacle is not None:

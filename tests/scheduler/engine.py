@@ -9,12 +9,29 @@ Triton kernels run in Triton's interpreter.
 from __future__ import annotations
 
 import os
+import tempfile
 import types
 from typing import Any
 
 FLAVOURS = ("v1-sync", "v1-async", "v2-sync", "v2-async")
 _LORA: dict[str, Any] = {"enable_lora": True, "max_lora_rank": 8, "max_cpu_loras": 3}
+_FAKE = {
+    "kv_connector": "FakeTransferConnector",
+    "kv_role": "kv_both",
+    "kv_connector_module_path": "tests.scheduler.fake_transfer",
+}
+STORE: dict[str, Any] = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
+
+
+def _several(*connectors: dict[str, Any]) -> dict[str, Any]:
+    config = {"kv_connector": "MultiConnector", "kv_role": "kv_both"}
+    config |= {"kv_connector_extra_config": {"connectors": list(connectors)}}
+    return {"kv_transfer_config": config | {"kv_load_failure_policy": "recompute"}}
+
+
 VARIANTS: dict[str, dict[str, Any]] = {
+    "multi": _several(_FAKE, STORE),
+    "multi_last": _several(STORE, _FAKE),
     "lora1": _LORA | {"max_loras": 1},
     "lora2": _LORA | {"max_loras": 2},
 }
@@ -64,6 +81,7 @@ def build(flavour: str, model: str, **options: Any) -> Any:
     if asynchronous:
         VllmConfig.max_concurrent_batches = property(lambda self: 2)
     scheduler = "LynxAsyncScheduler" if asynchronous else "LynxScheduler"
+    STORE["kv_connector_extra_config"] = {"shared_storage_path": tempfile.mkdtemp()}
     if options.get("enable_lora"):
         spare_base_requests()
     defaults: dict[str, Any] = {
@@ -77,12 +95,7 @@ def build(flavour: str, model: str, **options: Any) -> Any:
         "enable_prefix_caching": True,
         "disable_log_stats": False,
         "scheduler_cls": f"lynx_connector.scheduler.{scheduler}",
-        "kv_transfer_config": {
-            "kv_connector": "FakeTransferConnector",
-            "kv_role": "kv_both",
-            "kv_connector_module_path": "tests.scheduler.fake_transfer",
-            "kv_load_failure_policy": "recompute",
-        },
+        "kv_transfer_config": _FAKE | {"kv_load_failure_policy": "recompute"},
     }
     return LLM(model, **(defaults | options))
 

@@ -75,6 +75,10 @@ class FakePort:
         self.failed: list[tuple[str, str]] = []
         self.first: list[tuple[str, int]] = []
         self.events: list[dict[str, Any]] = []
+        self.blocking = False
+
+    def start_blocking(self) -> None:
+        self.blocking = True
 
     def draft_limit_of(self, request_id: str) -> int:
         return self.draft_limit
@@ -186,15 +190,16 @@ class FakeTransferConnector(KVConnectorBase_V1):
         params["taken"] = True
         first = (request.num_prompt_tokens - num_external_tokens) // self._block_size
         last = -(-request.num_prompt_tokens // self._block_size)
+        only_exact = self.speculation.blocking
         self._orders.loads.append(
             Load(
                 request.request_id,
                 params["load"],
                 first,
                 blocks.get_block_ids()[0][first:last],
-                params.get("anchor_delay", 2),
+                params.get("residual_delay", 20) if only_exact else params.get("anchor_delay", 2),
                 params.get("residual_delay", 20),
-                params.get("bits", 4),
+                32 if only_exact else params.get("bits", 4),
                 params.get("fail", False),
                 params.get("fail_early", False),
                 params.get("lose_anchor", False),
@@ -202,7 +207,7 @@ class FakeTransferConnector(KVConnectorBase_V1):
                 params.get("first_delay", 0),
             )
         )
-        if not params.get("blocking"):
+        if not params.get("blocking") and not only_exact:
             self.speculation.started.append(request.request_id)
         if "first" in params and not params.get("first_delay"):
             self.speculation.first.append((request.request_id, params["first"]))

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .engine import ADAPTERS
+from .engine import ADAPTERS, STORE
 
 
 class Harness:
@@ -16,15 +16,19 @@ class Harness:
 
     def __init__(self, llm: Any, flavour: str, adapters: Path | None = None) -> None:
         """`adapters`: the folder that holds a LoRA adapter for each name in ADAPTERS."""
+        from lynx_connector.scheduler import startup
+
         self.flavour, _, self.variant = flavour.partition("+")
         self.v2 = self.flavour.startswith("v2")
         self.asynchronous = self.flavour.endswith("async")
         self._adapters = adapters
+        self.store = Path(STORE["kv_connector_extra_config"]["shared_storage_path"])
         self.tokenizer = llm.get_tokenizer()
         self.engine = llm.llm_engine
         self.core = self.engine.engine_core.engine_core
         self.scheduler = self.core.scheduler
-        self.port = self.scheduler.connector.speculation
+        self.connector = startup.find_lynx(self.scheduler.connector)
+        self.port = self.connector.speculation
         self.runner = self.core.model_executor.driver_worker.worker.model_runner
         self.pool = self.scheduler.kv_cache_manager.block_pool
         self.free_blocks = self.pool.get_num_free_blocks()
@@ -157,7 +161,7 @@ class Harness:
         assert len(scheduler._verifier) == 0
         assert not scheduler._verifier._logprobs
         assert not scheduler.deferred_frees
-        assert not scheduler.connector._params
+        assert not self.connector._params
         assert scheduler.sched_step_seq == scheduler.processed_step_seq
         assert self.pool.get_num_free_blocks() == self.free_blocks
         known = self.runner.req_states.req_id_to_index if self.v2 else self.runner.requests

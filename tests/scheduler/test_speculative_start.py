@@ -69,7 +69,7 @@ class Results:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=540,
+            timeout=1200,
             check=False,
         )
         return json.loads(path.read_text()) if path.exists() else {}, done.stdout
@@ -89,6 +89,7 @@ def results(
     found.close()
 
 
+@pytest.mark.timeout(1500)  # the first one waits for its whole flavour
 @pytest.mark.parametrize(("flavour", "case"), PARAMETERS)
 def test_case(flavour: str, case: str, results: Results) -> None:
     result = results.get(flavour, case)

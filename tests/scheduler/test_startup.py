@@ -13,6 +13,9 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
+from lynx_connector.config import LynxConfig
+from lynx_connector.connector import LynxConnector
+from lynx_connector.engine import compat
 from lynx_connector.errors import ConfigError
 from lynx_connector.scheduler import startup
 
@@ -38,17 +41,64 @@ def test_the_mode_must_match(batches: int, asynchronous: bool, remedy: str) -> N
     startup.check_mode(config, asynchronous=not asynchronous)
 
 
+def _scheduler(connector: Any, speculative_config: Any = None) -> Any:
+    transfer = SimpleNamespace(kv_role="kv_producer")
+    config = SimpleNamespace(kv_transfer_config=transfer, speculative_config=speculative_config)
+    return SimpleNamespace(connector=connector, vllm_config=config)
+
+
+class _Port:
+    blocking = False
+
+    def start_blocking(self) -> None:
+        self.blocking = True
+
+
+def _several(*connectors: Any) -> Any:
+    return SimpleNamespace(sub_connectors=list(connectors))
+
+
 def test_another_connector_is_refused() -> None:
-    scheduler: Any = SimpleNamespace(connector=object())
-    with pytest.raises(ConfigError, match='"kv_connector":"LynxConnector"'):
-        startup.find_port(scheduler)
+    ours = '"kv_connector":"LynxConnector","kv_role":"kv_producer"'
+    with pytest.raises(ConfigError, match=f"--kv-transfer-config '{{{ours}"):
+        startup.find_port(_scheduler(object()))
+    with pytest.raises(ConfigError, match=f"add {{{ours}}} to its connectors"):
+        startup.find_port(_scheduler(_several(object(), object())))
 
 
 def test_no_connector_or_no_port_means_stock_behaviour() -> None:
-    nothing: Any = SimpleNamespace(connector=None)
-    assert startup.find_port(nothing) is None
-    producer: Any = SimpleNamespace(connector=SimpleNamespace(speculation=None))
-    assert startup.find_port(producer) is None
+    assert startup.find_port(_scheduler(None)) is None
+    assert startup.find_port(_scheduler(SimpleNamespace(speculation=None))) is None
+    inside = _several(object(), SimpleNamespace(speculation=None))
+    assert startup.find_port(_scheduler(inside)) is None
+
+
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_lynx_is_found_among_several_connectors_and_then_starts_blocking(at: int) -> None:
+    lynx = SimpleNamespace(speculation=_Port())
+    connectors = [object(), object()]
+    connectors.insert(at, lynx)
+    assert startup.find_port(_scheduler(_several(*connectors))) is lynx.speculation
+    assert lynx.speculation.blocking
+
+
+def test_alone_in_a_multi_connector_it_speculates() -> None:
+    lynx = SimpleNamespace(speculation=_Port())
+    assert startup.find_port(_scheduler(_several(lynx))) is lynx.speculation
+    assert not lynx.speculation.blocking
+
+
+def test_lynx_twice_is_refused() -> None:
+    lynx = SimpleNamespace(speculation=_Port())
+    with pytest.raises(ConfigError, match="stands twice"):
+        startup.find_port(_scheduler(_several(lynx, _several(lynx))))
+
+
+def test_another_connectors_handshake_is_refused() -> None:
+    """MultiConnector hands every connector what the first one of them says of its workers."""
+    half: Any = SimpleNamespace(_producer=object())
+    with pytest.raises(ConfigError, match="name LynxConnector first"):
+        LynxConnector.set_xfer_handshake_metadata(half, {0: object()})
 
 
 def _config(**parallel: Any) -> Any:
@@ -58,9 +108,7 @@ def _config(**parallel: Any) -> Any:
         "decode_context_parallel_size": 1,
         "use_ubatching": False,
     }
-    return SimpleNamespace(
-        parallel_config=SimpleNamespace(**(defaults | parallel)), speculative_config=None
-    )
+    return SimpleNamespace(parallel_config=SimpleNamespace(**(defaults | parallel)))
 
 
 def _cache(*specs: Any) -> Any:
@@ -89,11 +137,24 @@ def test_parallelism_that_cannot_be_verified(parallel: dict[str, Any], words: st
         startup.check_supported(_config(**parallel), cache)
 
 
-def test_speculative_decoding_is_refused() -> None:
-    config = _config()
-    config.speculative_config = object()
-    with pytest.raises(ConfigError, match="--speculative-config"):
-        startup.check_supported(config, _cache(_attention(FullAttentionSpec)))
+def test_beside_speculative_decoding_nothing_is_speculated_on() -> None:
+    lynx = SimpleNamespace(speculation=_Port())
+    assert startup.find_port(_scheduler(lynx, speculative_config=object())) is None
+
+
+@pytest.mark.parametrize("scheduler", ["lynx_connector.scheduler.LynxScheduler", None])
+def test_beside_speculative_decoding_loads_start_blocking(scheduler: str | None) -> None:
+    config: Any = SimpleNamespace(
+        scheduler_config=SimpleNamespace(scheduler_cls=scheduler),
+        kv_transfer_config=SimpleNamespace(is_kv_consumer=True),
+        speculative_config=object(),
+    )
+    for start in ("auto", "blocking"):
+        assert not compat.resolve_start(LynxConfig.from_extra_config({"start": start}), config)
+    with pytest.raises(ConfigError, match="drop --speculative-config"):
+        compat.resolve_start(LynxConfig.from_extra_config({"start": "speculative"}), config)
+    config.kv_transfer_config.is_kv_consumer = False
+    assert not compat.resolve_start(LynxConfig.from_extra_config({"start": "speculative"}), config)
 
 
 def test_sliding_windows_are_refused() -> None:

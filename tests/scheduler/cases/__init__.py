@@ -20,6 +20,7 @@ from . import (  # noqa: F401, I001
     first_token_interrupted,
     full_cache,
     lora,
+    multi_connector,
 )
 from .registry import CASES
 

@@ -44,12 +44,12 @@ def answered_early_and_prefilled_to_its_end(h: Harness) -> None:
     same(h.run()[other], reference)
     _drain(h)
     assert request.num_output_tokens == 1
-    assert h.scheduler.connector.early_replies.ended[request_id] == "FINISHED_LENGTH_CAPPED"
+    assert h.connector.early_replies.ended[request_id] == "FINISHED_LENGTH_CAPPED"
 
 
 @case
 def the_end_of_a_prefill_is_computed_in_the_chunks_that_are_asked_for(h: Harness) -> None:
-    replies = h.scheduler.connector.early_replies
+    replies = h.connector.early_replies
     replies.chunks.clear()
     replies.chunk = 16
     request_id, _ = _prefill(h, "early")
@@ -63,7 +63,7 @@ def the_end_of_a_prefill_is_computed_in_the_chunks_that_are_asked_for(h: Harness
 
 @case
 def a_prefill_beside_another_request_is_not_held_back(h: Harness) -> None:
-    replies = h.scheduler.connector.early_replies
+    replies = h.connector.early_replies
     _prefill(h, "early")
     asked = len(replies.chunks)
     h.add("A")
@@ -79,7 +79,7 @@ def given_up_after_its_early_reply(h: Harness) -> None:
     request = h.scheduler.requests[request_id]
     _drain(h)
     assert request.num_output_tokens == 0
-    assert h.scheduler.connector.early_replies.ended[request_id] == "FINISHED_ABORTED"
+    assert h.connector.early_replies.ended[request_id] == "FINISHED_ABORTED"
 
 
 @case
@@ -93,5 +93,5 @@ def refused_prefill_ends_with_an_error(h: Harness) -> None:
 def prefill_of_one_chunk_is_answered_by_its_end(h: Harness) -> None:
     name = h.add("A", {"save": "short", "reply": "early"}, max_tokens=1)
     assert len(tokens(h.run()[name])) == 1
-    h.scheduler.connector.early_replies.waiting.clear()
+    h.connector.early_replies.waiting.clear()
     _drain(h)
