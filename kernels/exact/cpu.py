@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The exact tier's coder, numba: one token after the other, equal to `exact.py` byte for byte."""
+"""The exact tier's coder, numba: one token after another, equal to `reference.py` byte for byte."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The exact tier's coder, Triton: equal to `exact.py` byte for byte.
+"""The exact tier's coder, Triton: equal to `reference.py` byte for byte.
 
 A token's lanes are lanes of a warp, and a program takes as many tokens as fill one: a tile
 [ROWS, LANES] of at most 32 rANS states. It walks its tokens' elements LANES at a time. Lanes that

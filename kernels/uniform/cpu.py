@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plain symmetric integer codec, numba: bit-equal twin of `uniform.py`, one layer a call."""
+"""Plain symmetric integer codec, numba: bit-equal twin of `reference.py`, one layer a call."""
 
 from __future__ import annotations
 

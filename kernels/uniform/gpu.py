@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plain symmetric integer codec, Triton: bit-equal twin of `uniform.py`, all layers a launch."""
+"""Plain symmetric integer codec, Triton: bit-equal twin of `reference.py`, all layers a launch."""
 
 from __future__ import annotations
 

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`lynx bench codec`: codecs measured on real KV tensors of a model folder."""
+"""`lynx bench codec`: codecs on real KV tensors; `kernels/` and `e2e/` are benches of their own."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two tiers from one Hadamard-transformed 8-bit code: the default.
+"""Two tiers from one Hadamard-transformed 8-bit code, without tables: until `klt` has learned some.
 
 anchor: 4-bit Lloyd-Max cell per element plus one scale byte per vector; row = codes [L, 2, H, D/2],
 then scales [L, 2, H]. residual: 4-bit place inside the cell; row = [L, 2, H, D/2]. For head_dim 64

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demo, and the parts of it that the integration tests use: model, link and servers."""
+"""The demo: one long prompt, with speculative start and blocking, on two servers and a router."""

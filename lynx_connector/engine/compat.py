@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What differs between vLLM versions, and which configurations Lynx refuses.
 
-The only module beside `connector.py` and `scheduler/` that imports vLLM's unstable classes.
+Beside it only `kv_layout.py`, `connector.py` and `scheduler/` import vLLM's unstable classes.
 """
 
 import logging

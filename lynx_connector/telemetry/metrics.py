@@ -3,7 +3,7 @@
 
 Events are the facts, metrics their sums: `EventLog` shows every event to a `Meter`, and
 `_COUNTED` says what each adds to. vLLM carries the sums to its front end with every engine step
-(`stats.py`). Pure Python; runs without torch and without vLLM.
+(`engine/stats.py`). Pure Python; runs without torch and without vLLM.
 """
 
 import enum

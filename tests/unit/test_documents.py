@@ -96,10 +96,13 @@ def test_examples_are_accepted(page, tmp_path):
     examples = [json.loads(found) for found in re.findall(r"'(\{\"kv_.+?\})'", read(page), re.S)]
     assert examples
     for example in examples:
+        extra = example.get("kv_connector_extra_config", {})
+        if example["kv_connector"] == "MultiConnector":
+            example, *_ = extra["connectors"]
+            extra = example.get("kv_connector_extra_config", {})
         assert example["kv_connector"] == "LynxConnector"
         assert example["kv_role"] in ("kv_producer", "kv_consumer", "kv_both")
         assert example.get("kv_load_failure_policy", "fail") in ("fail", "recompute")
-        extra = example.get("kv_connector_extra_config", {})
         if "secret_file" in extra:
             extra["secret_file"] = str(secret)
         LynxConfig.from_extra_config(extra)

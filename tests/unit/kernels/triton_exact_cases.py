@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The exact tier's Triton kernels against `exact.py` and `exact_cpu.py`, byte for byte.
+"""The exact tier's Triton kernels against `reference.py` and `cpu.py`, byte for byte.
 
 How many lanes a token has follows from its length. The interpreter takes milliseconds a step, so
 that there the number is given and a program takes more tokens than fill a warp.
