@@ -107,8 +107,8 @@ class InboundTransfer:
         ):
             raise TransferError(
                 f"malformed {tier.name.lower()} frame: {shown(frame.codec)} tokens "
-                f"{tokens.start} to {tokens.end} with {frame.exceptions} exceptions in {frame.num_bytes} bytes, "
-                f"expected {piece.codec.name} from token {next_token}, {least} to {most} bytes"
+                f"{tokens.start} to {tokens.end} with {frame.exceptions} exceptions in "
+                f"{frame.num_bytes} bytes, expected {piece.codec.name} from token {next_token}, {least} to {most} bytes"
             )
         if tier is not Tier.ANCHOR and self._here[Tier(tier - 1)] < tokens.end:
             raise TransferError(
