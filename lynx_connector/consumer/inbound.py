@@ -108,7 +108,8 @@ class InboundTransfer:
             raise TransferError(
                 f"malformed {tier.name.lower()} frame: {shown(frame.codec)} tokens "
                 f"{tokens.start} to {tokens.end} with {frame.exceptions} exceptions in "
-                f"{frame.num_bytes} bytes, expected {piece.codec.name} from token {next_token}, {least} to {most} bytes"
+                f"{frame.num_bytes} bytes, expected {piece.codec.name} from token {next_token}, "
+                f"{least} to {most} bytes"
             )
         if tier is not Tier.ANCHOR and self._here[Tier(tier - 1)] < tokens.end:
             raise TransferError(
