@@ -22,7 +22,7 @@ from lynx_connector.engine.metadata import (
     ReleaseRequest,
 )
 from lynx_connector.engine.requests import member
-from lynx_connector.errors import LynxError, ProtocolError
+from lynx_connector.errors import LynxError, ProtocolError, shown
 from lynx_connector.plan.meters import StepMeter
 from lynx_connector.scheduler import first_token
 from lynx_connector.telemetry.events import EventLog
@@ -235,8 +235,10 @@ class ConsumerScheduler:
         answer, decode.resolving = decode.resolving, None
         try:
             self._settle(request, decode, answer.result())
-        except LynxError as error:
-            decode.failure = str(error)
+        except Exception as error:  # whatever an address or a server can bring about
+            decode.failure = shown(f"prefill's bootstrap server: {error or type(error).__name__}")
+            if isinstance(error, LynxError):
+                decode.failure = str(error)
         return True
 
     def _give_up(self, request_id: str, decode: _Decode, cause: str) -> None:
@@ -327,7 +329,7 @@ class ConsumerScheduler:
         """The transfer of a request that ended before its handoff was known."""
         try:
             self._release(parse_handoff(answer.result()), "request ended before its load")
-        except LynxError as error:
+        except Exception as error:
             logger.info("lynx: nothing to give back: %s", error)
 
     @property

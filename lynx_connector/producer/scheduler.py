@@ -27,13 +27,20 @@ from lynx_connector.engine.metadata import (
     PrefillOutcome,
 )
 from lynx_connector.engine.requests import adapter_of, is_extra, media_of, member
+from lynx_connector.errors import ProtocolError, shown
 from lynx_connector.plan.planner import Planner
 from lynx_connector.plan.policy import Choice, Wanted
 from lynx_connector.plan.taper import Unsent
 from lynx_connector.producer.room import StagingRoom
 from lynx_connector.scheduler import first_token
 from lynx_connector.telemetry.events import EventLog
-from lynx_connector.wire.handoff import TABLE_CODECS, Handoff, LynxParams, prompt_digest
+from lynx_connector.wire.handoff import (
+    TABLE_CODECS,
+    Handoff,
+    LynxParams,
+    check_transfer_id,
+    prompt_digest,
+)
 from lynx_connector.wire.messages import PROTOCOL_VERSION
 
 if TYPE_CHECKING:
@@ -229,12 +236,13 @@ class ProducerScheduler:
     def _expect(self, request_id: str, routed_as: object) -> bool:
         """Whether a prefill leg's `transfer_id` can name its transfer."""
         assert self._bootstrap is not None
-        if not isinstance(routed_as, str) or not 1 <= len(routed_as) <= 128:
-            cause = f"transfer_id {routed_as!r} is not a string of 1 to 128 characters"
-        elif not self._bootstrap.expect(routed_as):
-            cause = f"transfer_id {routed_as!r} was used before"
-        else:
-            return True
+        try:
+            name = check_transfer_id(routed_as)
+            if self._bootstrap.expect(name):
+                return True
+            cause = f"transfer_id {shown(repr(name))} was used before"
+        except ProtocolError as error:
+            cause = str(error)
         logger.error("lynx: request %s: prefill is not handed over: %s", request_id, cause)
         self._events("refused", request_id, None, cause=cause)
         self._refused.append(request_id)

@@ -40,7 +40,10 @@ class Answer:
 
 def new_client(connections: int) -> httpx.AsyncClient:
     """A client without time limits: who waits for an answer decides for how long."""
-    limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
+    # Servers close a connection that was idle for five seconds: not to meet them at that.
+    limits = httpx.Limits(
+        max_connections=connections, max_keepalive_connections=connections, keepalive_expiry=2
+    )
     # Without the environment's proxies; a connection refused is told at once.
     return httpx.AsyncClient(
         timeout=httpx.Timeout(None, connect=30), limits=limits, trust_env=False

@@ -43,6 +43,7 @@ class Settings:
     fault_every: float = 60.0
     transport_faults: tuple[str, ...] = transport_faults.FAULTS
     one_in: int = 16
+    events: bool = False
     rest_every: float = 300.0
     sample_every: float = 5.0
     start_timeout: float = 600.0
@@ -87,6 +88,7 @@ class _Soak:
             settings.prefills,
             settings.decodes,
             adapters="lora" in settings.kinds,
+            events=settings.events,
             settings=self._injecting,
         )
         cases = kinds.pool(settings.kinds, settings.seed, settings.cases)
@@ -222,6 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="of lost,flipped,cut,repeated,late; empty: none",
     )
     add("--one-in", type=int, default=16, help="frames of which one meets a transport fault")
+    add("--events", action="store_true", help="keep every server's events, for `lynx trace`")
     given = parser.parse_args(arguments)
     try:
         chosen = kinds.choose(given.kinds, given.without)
@@ -241,6 +244,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         fault_every=given.fault_every,
         transport_faults=tuple(given.transport_faults),
         one_in=given.one_in,
+        events=given.events,
     )
     print(f"kinds: {', '.join(chosen)}")
     for name in kinds.FAILING_TODAY:

@@ -35,9 +35,17 @@ class Fleet:
     """Every server of a run, by name: `prefill-0`, `decode-1`, `router`, `reference`."""
 
     def __init__(
-        self, folder: Path, prefills: int, decodes: int, *, adapters: bool, settings: Path
+        self,
+        folder: Path,
+        prefills: int,
+        decodes: int,
+        *,
+        adapters: bool,
+        events: bool,
+        settings: Path,
     ):
         self._folder = folder
+        self._events = events
         self._model = model.write(folder / "model")
         self._common = [
             *("--host", "127.0.0.1", "--dtype", "float32", "--served-model-name", MODEL),
@@ -102,6 +110,8 @@ class Fleet:
     def _engine(self, role: Role, index: int, core: int) -> ServerProcess:
         name = f"{role}-{index}"
         lynx: dict[str, Any] = {"tables_dir": str(self._folder / f"tables-{name}")}
+        if self._events:
+            lynx["events_file"] = str(self._folder / f"events-{name}.jsonl")
         if role is Role.PREFILL:
             lynx |= {
                 # Bit for bit the prefill's cache: only so can a plain server be the reference.
