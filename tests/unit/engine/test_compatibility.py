@@ -2,6 +2,7 @@
 """What makes two instances incompatible: any setting that changes the KV of a prompt, no other."""
 
 import json
+import re
 import shutil
 import struct
 from types import SimpleNamespace
@@ -74,7 +75,12 @@ OTHER_CONFIGURATIONS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("flags", OTHER_CONFIGURATIONS, ids=str)
+def label(flags):
+    """The same in every process: workers of one run compare what they collect."""
+    return re.sub(r" at 0x\w+", "", str(flags))
+
+
+@pytest.mark.parametrize("flags", OTHER_CONFIGURATIONS, ids=label)
 @pytest.mark.parametrize("lynx", [None, {"model_id": "same"}], ids=["files", "model_id"])
 def test_what_changes_the_kv_is_another_configuration(model, flags, lynx):
     """`model_id` names the weights, and hides nothing else."""
