@@ -12,7 +12,6 @@ nearest even, as torch does, and saturates instead of making an infinity; NaN st
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
@@ -72,7 +71,6 @@ def storage_type(itemsize: int) -> types.Array:
     return types.Array(types.uint16 if itemsize == 2 else types.uint32, 1, "C")
 
 
-@functools.cache
 def _sources_digest() -> str:
     """Of every file of this package; the same where they cannot be read."""
     digest = hashlib.blake2b(digest_size=6)
@@ -80,6 +78,10 @@ def _sources_digest() -> str:
         with contextlib.suppress(OSError):
             digest.update(source.read_bytes())
     return digest.hexdigest()
+
+
+# Read now: what is compiled later is still what was imported, whatever the files say by then.
+_SOURCES = _sources_digest()
 
 
 def compile_kernel(
@@ -95,7 +97,7 @@ def compile_kernel(
     neither is possible the kernel is compiled anew in each process.
     """
     signature = result(*argument_types)
-    function.__qualname__ = f"{function.__qualname__}_{_sources_digest()}"
+    function.__qualname__ = f"{function.__name__}_{_SOURCES}"
     try:
         return numba.njit([signature], cache=True, **_OPTIONS)(function)
     except (RuntimeError, OSError) as error:  # nowhere to keep it, or a full disk
