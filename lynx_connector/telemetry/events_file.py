@@ -44,6 +44,10 @@ class EventsFile:
         self._failed_at = 0.0
         self._next_try = 0.0
         self._next_look = 0.0
+        try:  # whoever follows the file finds it from the start, and a wrong path is told at once
+            self._opened(_now())
+        except OSError as error:
+            self._failed(error, _now())
 
     def write(self, line: bytes) -> bool:
         """Append one whole line, with its newline; False if it is lost."""

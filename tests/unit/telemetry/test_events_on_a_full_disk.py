@@ -315,3 +315,11 @@ def test_a_real_full_disk(tmp_path, clock, said, meter):
         events.close()
     finally:
         subprocess.run(["umount", "-l", tmp_path], check=True)
+
+
+def test_the_file_is_there_from_the_start(tmp_path, caplog):
+    path = tmp_path / "events.jsonl"
+    events_file.EventsFile(path).close()
+    assert path.read_bytes() == b""
+    events_file.EventsFile(tmp_path / "no folder" / "events.jsonl").close()
+    assert "no folder" in caplog.text
