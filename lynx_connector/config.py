@@ -163,6 +163,11 @@ class LynxConfig(BaseModel):
         description="Producer: TCP port of the HTTP server for routers that speak Mooncake's "
         "handoff (`GET /query`, `transfer_id`); 0: none.",
     )
+    bootstrap_wait_seconds: Annotated[float, Field(gt=0, le=3600)] = Field(
+        10.0,
+        description="Consumer: how long a prefill leg in Mooncake's shape may stay away after its "
+        "decode leg has come, before the load fails.",
+    )
     staging_wait_seconds: Annotated[float, Field(ge=0, le=3600)] = Field(
         60.0,
         description="Producer: how long a prefill waits for room in staging before it starts "

@@ -96,7 +96,7 @@ class ConsumerScheduler:
         self._block_size = block_size
         self._events = events
         self._steps = StepMeter()
-        self._bootstrap = BootstrapClient(config.transfer_timeout_seconds)
+        self._bootstrap = BootstrapClient(config.bootstrap_wait_seconds)
         self._waiting = WaitingRoom(waiting_tokens)
         self._unclaimed: dict[str, tuple[Handoff, float]] = {}
         """Handoffs of another prompt than the request's that came with them, and since when: of a
