@@ -235,10 +235,11 @@ class ConsumerScheduler:
         answer, decode.resolving = decode.resolving, None
         try:
             self._settle(request, decode, answer.result())
+        except LynxError as error:
+            decode.failure = str(error)
         except Exception as error:  # whatever an address or a server can bring about
-            decode.failure = shown(f"prefill's bootstrap server: {error or type(error).__name__}")
-            if isinstance(error, LynxError):
-                decode.failure = str(error)
+            cause = str(error) or type(error).__name__
+            decode.failure = shown(f"prefill's bootstrap server: {cause}")
         return True
 
     def _give_up(self, request_id: str, decode: _Decode, cause: str) -> None:
