@@ -237,7 +237,7 @@ def test_wrong_peers_are_refused_by_name(loop, consumer, cause):
 )
 def test_secrets(loop, producer, consumer, cause):
     pair = Pair(loop, consumer=Identity("compat", "e/0", consumer))
-    pair.server._identity = Identity("compat", "p/0", producer)
+    pair.server._door.identity = Identity("compat", "p/0", producer)
     pair.stage()
     inbound = pair.fetch()
     until(lambda: inbound.refined or inbound.failure or (not drain(inbound) and inbound.refined))
