@@ -33,7 +33,7 @@ class MessageStream:
         self.peer = peer
         """How logs and causes call the other side."""
         self._limit = messages.GREETING_BYTES
-        keep_alive(writer.get_extra_info("socket"))
+        _tune(writer.get_extra_info("socket"))
 
     def trust(self) -> None:
         """The peer has proved who it is: its messages may be larger than a greeting."""
@@ -109,8 +109,10 @@ async def expect(stream: MessageStream, kind: type[M]) -> M:
     return message
 
 
-def keep_alive(sock: socket.socket) -> None:
-    """Let the kernel find out that a silent peer is gone."""
+def _tune(sock: socket.socket) -> None:
+    """Headers leave at once; the kernel finds out that a silent peer is gone."""
+    # asyncio sets TCP_NODELAY itself, but not on what was accepted from a socket of protocol 0.
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in _KEEPALIVE.items():
         if (option := getattr(socket, name, None)) is not None:
