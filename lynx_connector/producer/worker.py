@@ -118,7 +118,7 @@ class ProducerWorker:
         self._encoder = threading.Thread(target=self._encode_loop, name="lynx-encode", daemon=True)
         self._encoder.start()
         logger.info(
-            "lynx: serving tiers on UCX port %d (codec %s, final tier %s, staging %d bytes, "
+            "lynx: serving tiers on port %d (codec %s, final tier %s, staging %d bytes, "
             "compatibility %s)",
             self.port,
             config.codec,

@@ -12,16 +12,16 @@ import numpy as np
 
 from lynx_connector.errors import LynxError, ProtocolError, TransferError
 from lynx_connector.telemetry.events import SILENT, EventLog
+from lynx_connector.transport.address import Resolver, bare_host, printable
 from lynx_connector.transport.connection import Connection, checksum
-from lynx_connector.transport.handshake import Identity, greet
+from lynx_connector.transport.handshake import Identity
 from lynx_connector.transport.holds import Holds
+from lynx_connector.transport.meeting import Address, meet
 from lynx_connector.transport.tables import TablesSink, WantedTables
 from lynx_connector.wire import messages
 
 logger = logging.getLogger("vllm.lynx.client")
 
-Address = tuple[str, int]
-CONNECT_SECONDS = 10.0
 PROBE_SECONDS = 2.0
 """How long a producer that was silent for a whole timeout is given to answer the next fetch."""
 
@@ -49,29 +49,6 @@ class Sink(Protocol):
         """Nothing more will arrive."""
 
 
-async def connect(address: Address, identity: Identity) -> tuple[Connection, messages.Welcome]:
-    """Connect and shake hands; returns what the producer said of itself, too.
-
-    Raises:
-        TransferError: naming the address and the cause.
-    """
-    import ucxx
-
-    host, port = address
-    try:
-        async with asyncio.timeout(CONNECT_SECONDS):
-            endpoint = await ucxx.create_endpoint(host, port)
-    except Exception as error:
-        raise TransferError(f"cannot connect to {host}:{port}: {error or 'timed out'}") from None
-    connection = Connection(endpoint, f"{host}:{port}")
-    try:
-        welcome = await greet(connection, identity)
-    except (LynxError, ConnectionError, TimeoutError) as error:
-        await connection.close()
-        raise TransferError(f"{host}:{port}: {error or 'handshake timed out'}") from None
-    return connection, welcome
-
-
 class TierClient:
     """Fetches transfers and the tables they need. All methods run in the transport loop."""
 
@@ -86,6 +63,7 @@ class TierClient:
         self._events = events
         self._tables = tables
         self._timeout = timeout_seconds
+        self._resolver = Resolver()
         self._peers: dict[Address, _Peer] = {}
         self._tasks: set[asyncio.Task] = set()
 
@@ -128,9 +106,12 @@ class TierClient:
             logger.info("lynx: could not release transfer %s: %s", transfer_id, error)
 
     def _peer(self, address: Address) -> "_Peer":
+        address = (bare_host(address[0]), address[1])
         peer = self._peers.get(address)
         if peer is None or peer.lost:
-            peer = _Peer(address, self._identity, self._timeout, self._tables, self._events)
+            peer = _Peer(
+                address, self._identity, self._resolver, self._timeout, self._tables, self._events
+            )
             self._peers[address] = peer
             self._spawn(self._run(peer))
         return peer
@@ -165,6 +146,7 @@ class _Peer:
         self,
         address: Address,
         identity: Identity,
+        resolver: Resolver,
         timeout_seconds: float,
         tables: TablesSink,
         events: EventLog,
@@ -174,10 +156,11 @@ class _Peer:
         self.sinks: dict[str, Sink] = {}
         self.lost = False
         self._identity = identity
+        self._resolver = resolver
         self._timeout = timeout_seconds
         self._heard = time.monotonic()
         self._connection: asyncio.Future[Connection] = asyncio.get_running_loop().create_future()
-        self._name = f"{address[0]}:{address[1]}"
+        self._name = printable(*address)
         self._wanted = WantedTables(self._name, tables)
         self.holds = Holds(self.send)
         self._silent = False
@@ -217,10 +200,10 @@ class _Peer:
         connection = None
         beside = [asyncio.ensure_future(self._watch())]
         try:
-            connection, welcome = await connect(self.address, self._identity)
+            connection, ready = await meet(self.address, self._identity, self._resolver)
             self._connection.set_result(connection)
             beside.append(asyncio.ensure_future(self._keep_leases()))
-            await self.want_tables(welcome.tables)
+            await self.want_tables(ready.tables)
             while True:
                 message = await connection.receive()
                 self._heard, self._silent = time.monotonic(), False

@@ -1,17 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Messages and payloads over one UCX endpoint."""
+"""Messages and payloads between two workers that have met."""
 
 import asyncio
-import contextlib
 from typing import Any
 
 import numpy as np
 import xxhash
 
-from lynx_connector.errors import ProtocolError
+from lynx_connector.errors import LynxError, ProtocolError
+from lynx_connector.transport.data_path import DataPath
+from lynx_connector.transport.stream import MessageStream
 from lynx_connector.wire import messages
 
-CLOSE_NANOSECONDS = 2 * 10**9
+QUEUED_MESSAGES = 64
+LAST_PAYLOAD_SECONDS = 1.0
+"""How long what a peer sent before it closed may still be on its way."""
 
 
 def checksum(payload: Any) -> int:
@@ -20,38 +23,53 @@ def checksum(payload: Any) -> int:
 
 
 class Connection:
-    """Ordered control slots, each `Frame` and `Tables` followed by its payload.
+    """Ordered control messages, each `Frame` and `Tables` with its payload.
 
-    Sends are posted in call order: slot and payload become two adjacent tag messages, and UCX keeps
-    messages of one tag between two peers in order.
+    Messages go over the socket, payloads over UCX, in the order of their headers. The socket alone
+    says whether the peer lives; when it ends, so does what UCX has under way.
     """
 
-    def __init__(self, endpoint: Any, peer: str):
-        self._endpoint = endpoint
-        self.peer = peer
-        self._slot = np.empty(messages.SLOT_BYTES, np.uint8)
+    def __init__(self, stream: MessageStream, path: DataPath):
+        self._stream = stream
+        self._path = path
+        self._queue: asyncio.Queue[messages.AnyMessage | Exception] = asyncio.Queue(QUEUED_MESSAGES)
+        self._ended = asyncio.Event()
+        self._closed = False
+        self._pumping = asyncio.ensure_future(self._pump())
+
+    @property
+    def peer(self) -> str:
+        """How logs and causes call the other side."""
+        return self._stream.peer
+
+    async def _pump(self) -> None:
+        """Read ahead, so that the peer's end is noticed while a payload is awaited."""
+        try:
+            while True:
+                await self._queue.put(await self._stream.read())
+        except (LynxError, ConnectionError) as error:
+            self._ended.set()
+            await self._queue.put(error)
 
     async def send(self, message: messages.Message, payload: np.ndarray | None = None) -> None:
-        """Send one message; returns when UCX has taken (or delivered) the bytes.
+        """Send one message; returns when the peer (or the kernel, or UCX) has taken the bytes.
 
         Raises:
             ConnectionError: if the peer is gone.
         """
-        parts = (
-            [messages.encode(message)]
-            if payload is None
-            else [
-                messages.encode(message),
-                payload,
-            ]
-        )
-        # Tasks start in creation order, which fixes the order on the wire.
-        posts = [asyncio.ensure_future(self._endpoint.send(part)) for part in parts]
+        if self._closed:
+            raise ConnectionError(f"connection to {self.peer} closed")
+        self._stream.write(message)
+        if payload is None:
+            await self._stream.drain()
+            return
+        # Nothing suspends between a header and the posting of its payload.
         try:
-            await asyncio.gather(*posts)
+            await self._path.send(payload)
         except asyncio.CancelledError:
             raise
         except Exception as error:
+            self._stream.abort()  # a header without payload: this connection is out of step
             raise ConnectionError(f"connection to {self.peer} lost: {error}") from None
 
     def post(self, message: messages.Message) -> None:
@@ -66,32 +84,46 @@ class Connection:
             ConnectionError: if the peer is gone.
             ProtocolError: if it is not a valid message.
         """
-        await self._receive_into(self._slot)
-        return messages.decode(self._slot.data)
+        message = await self._queue.get()
+        if isinstance(message, Exception):
+            raise message
+        return message
 
     async def receive_payload(self, header: messages.Payload, buffer: np.ndarray) -> None:
-        """Receive the payload announced by `header` straight into `buffer` (uint8, exact size)."""
+        """Receive the payload announced by `header` straight into `buffer` (uint8, exact size).
+
+        Raises:
+            ConnectionError: if the peer is gone.
+        """
         if buffer.nbytes != header.num_bytes:
             raise ProtocolError(
                 f"{type(header).__name__} announces {header.num_bytes} bytes for a buffer of "
                 f"{buffer.nbytes}"
             )
-        await self._receive_into(buffer)
-
-    async def _receive_into(self, buffer: np.ndarray) -> None:
+        receiving = asyncio.ensure_future(self._path.receive(buffer))
+        ended = asyncio.ensure_future(self._ended.wait())
         try:
-            await self._endpoint.recv(buffer)
-        except asyncio.CancelledError:
-            raise
-        except Exception as error:
-            raise ConnectionError(f"connection to {self.peer} lost: {error}") from None
+            await asyncio.wait({receiving, ended}, return_when=asyncio.FIRST_COMPLETED)
+            if not receiving.done():
+                await asyncio.wait({receiving}, timeout=LAST_PAYLOAD_SECONDS)
+        finally:
+            ended.cancel()
+            if not receiving.done():
+                await self._path.close()  # UCX lets go of the buffer
+                receiving.cancel()
+        if receiving.cancelled():
+            raise ConnectionError(f"connection to {self.peer} lost")
+        if error := receiving.exception():
+            raise ConnectionError(f"connection to {self.peer} lost: {error}")
 
     @property
     def alive(self) -> bool:
-        """Whether UCX still believes in the peer."""
-        return not self._endpoint.closed
+        """Whether the peer is still there."""
+        return not self._closed and not self._ended.is_set() and self._path.alive
 
     async def close(self) -> None:
-        """Close the endpoint; what is under way ends with an error on both sides."""
-        with contextlib.suppress(Exception):  # UCX reports a peer that closed first as an error
-            await self._endpoint.close(period=CLOSE_NANOSECONDS)
+        """Close socket and endpoint; what is under way ends with an error on both sides."""
+        self._closed = True
+        self._pumping.cancel()
+        self._stream.close()
+        await self._path.close()

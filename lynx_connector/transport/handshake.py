@@ -1,25 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How two workers meet: version, compatibility, and mutual proof of a shared secret.
+"""What two workers say first: version, compatibility, and mutual proof of a shared secret.
 
-Proofs are HMAC-SHA256 over both nonces and the compatibility hash, one direction each, so that
-neither side can replay the other's. Without a secret the proofs are empty.
+Proofs are HMAC-SHA256 over all that both sides said before, one direction each, so that neither
+side can replay the other's, or change what it said. Without a secret the proofs are empty.
 """
 
-import asyncio
 import hashlib
 import hmac
 import secrets
 from dataclasses import dataclass
-from typing import TypeVar
 
 from lynx_connector import __version__
 from lynx_connector.errors import AuthenticationError, ProtocolError
-from lynx_connector.transport.connection import Connection
+from lynx_connector.transport.stream import MessageStream, expect
 from lynx_connector.wire import identity, messages
 
-HANDSHAKE_SECONDS = 10.0
-
-M = TypeVar("M", bound=messages.Message)
+PROBE = "probe"
+"""In place of a compatibility hash: who says so only wants to know whether it could connect."""
 
 
 @dataclass(frozen=True)
@@ -32,12 +29,23 @@ class Identity:
     secret: bytes | None = None
 
 
-def _proof(secret: bytes | None, direction: bytes, *parts: bytes) -> bytes:
+def _proof(
+    secret: bytes | None, direction: bytes, hello: messages.Hello, welcome: messages.Welcome
+) -> bytes:
     if secret is None:
         return b""
-    return hmac.new(
-        secret, b"lynx-1|" + direction + b"|" + b"|".join(parts), hashlib.sha256
-    ).digest()
+    said = hmac.new(secret, b"lynx-4|" + direction, hashlib.sha256)
+    for message in (hello, welcome):
+        for part in (
+            str(message.version).encode(),
+            message.compat.encode(),
+            message.peer.encode(),
+            message.nonce,
+            message.key,
+            b"encrypt" if message.encrypt else b"",
+        ):
+            said.update(len(part).to_bytes(4, "little") + part)
+    return said.digest()
 
 
 def _check(secret: bytes | None, proof: bytes, expected: bytes) -> None:
@@ -49,77 +57,62 @@ def _check(secret: bytes | None, proof: bytes, expected: bytes) -> None:
         raise AuthenticationError("peer holds another shared secret")
 
 
-def _check_peer(version: int, release: str, compat: str, own: Identity) -> None:
+def _check_version(version: int, release: str) -> None:
     if version != messages.PROTOCOL_VERSION:
         raise ProtocolError(
             f"peer speaks protocol {version} (lynx-connector {release}), this side "
             f"{messages.PROTOCOL_VERSION} ({__version__}): install the same version"
         )
-    if different := identity.difference(own.compat, compat):
+
+
+def _check_compat(compat: str, own: str) -> None:
+    if PROBE in (compat, own):
+        return
+    if different := identity.difference(own, compat):
         raise ProtocolError(f"peer has {different}")
 
 
-async def greet(connection: Connection, own: Identity) -> messages.Welcome:
-    """The consumer's half.
+async def greet(stream: MessageStream, own: Identity) -> messages.Welcome:
+    """The consumer's half; the producer goes on with `Ready`.
 
     Raises:
         ProtocolError: version or model differ, or the peer refused.
         AuthenticationError: the secrets differ.
-        ConnectionError, TimeoutError: the peer is gone or silent.
+        ConnectionError: the peer is gone.
     """
-    async with asyncio.timeout(HANDSHAKE_SECONDS):
-        nonce = secrets.token_bytes(32)
-        await connection.send(
-            messages.Hello(messages.PROTOCOL_VERSION, __version__, own.compat, own.peer, nonce)
-        )
-        welcome = _expect(await connection.receive(), messages.Welcome)
-        _check_peer(welcome.version, welcome.release, welcome.compat, own)
-        compat = own.compat.encode()
-        expected = _proof(own.secret, b"producer", nonce, welcome.nonce, compat)
-        _check(own.secret, welcome.proof, expected)
-        proof = _proof(own.secret, b"consumer", welcome.nonce, nonce, compat)
-        await connection.send(messages.Proof(proof))
-        _expect(await connection.receive(), messages.Ready)
-        return welcome
+    hello = messages.Hello(
+        messages.PROTOCOL_VERSION, __version__, own.compat, own.peer, secrets.token_bytes(32)
+    )
+    stream.write(hello)
+    welcome = await expect(stream, messages.Welcome)
+    _check_version(welcome.version, welcome.release)
+    _check_compat(welcome.compat, own.compat)
+    _check(own.secret, welcome.proof, _proof(own.secret, b"producer", hello, welcome))
+    stream.write(messages.Proof(_proof(own.secret, b"consumer", hello, welcome)))
+    stream.trust()
+    return welcome
 
 
-async def welcome(connection: Connection, own: Identity, tables: str = "") -> messages.Hello:
-    """The producer's half; a peer that fails it is told why. `tables` is announced.
+async def welcome(stream: MessageStream, own: Identity) -> messages.Hello:
+    """The producer's half.
 
     Raises:
-        ProtocolError, AuthenticationError, ConnectionError, TimeoutError: as for `greet`.
+        ProtocolError, AuthenticationError, ConnectionError: as for `greet`.
     """
-    async with asyncio.timeout(HANDSHAKE_SECONDS):
-        try:
-            hello = _expect(await connection.receive(), messages.Hello)
-            _check_peer(hello.version, hello.release, hello.compat, own)
-            nonce = secrets.token_bytes(32)
-            compat = own.compat.encode()
-            proof = _proof(own.secret, b"producer", hello.nonce, nonce, compat)
-            await connection.send(
-                messages.Welcome(
-                    messages.PROTOCOL_VERSION,
-                    __version__,
-                    own.compat,
-                    own.peer,
-                    nonce,
-                    proof,
-                    tables,
-                )
-            )
-            answer = _expect(await connection.receive(), messages.Proof)
-            expected = _proof(own.secret, b"consumer", nonce, hello.nonce, compat)
-            _check(own.secret, answer.proof, expected)
-            await connection.send(messages.Ready())
-            return hello
-        except ProtocolError as error:
-            await connection.send(messages.Refused(str(error)[: messages.MAX_CAUSE]))
-            raise
-
-
-def _expect(message: messages.AnyMessage, kind: type[M]) -> M:
-    if isinstance(message, messages.Refused):
-        raise ProtocolError(f"peer refused: {message.cause}")
-    if not isinstance(message, kind):
-        raise ProtocolError(f"expected {kind.__name__}, got {type(message).__name__}")
-    return message
+    hello = await expect(stream, messages.Hello)
+    _check_version(hello.version, hello.release)
+    _check_compat(hello.compat, own.compat)
+    answer = messages.Welcome(
+        messages.PROTOCOL_VERSION,
+        __version__,
+        own.compat,
+        own.peer,
+        secrets.token_bytes(32),
+        b"",
+    )
+    answer.proof = _proof(own.secret, b"producer", hello, answer)
+    stream.write(answer)
+    proof = await expect(stream, messages.Proof)
+    _check(own.secret, proof.proof, _proof(own.secret, b"consumer", hello, answer))
+    stream.trust()
+    return hello

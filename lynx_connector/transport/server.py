@@ -10,7 +10,8 @@ from lynx_connector.telemetry.events import EventLog
 from lynx_connector.tiers.outbound import TierStream
 from lynx_connector.tiers.staging import StagedTransfer, StagingStore
 from lynx_connector.transport.connection import Connection
-from lynx_connector.transport.handshake import Identity, welcome
+from lynx_connector.transport.door import Door
+from lynx_connector.transport.handshake import PROBE, Identity
 from lynx_connector.transport.rate import RateMeter
 from lynx_connector.transport.sender import LinkSender
 from lynx_connector.transport.sources import TablesFinder, TablesSource, TierSource
@@ -30,7 +31,7 @@ class ServedTables(TablesFinder, Protocol):
 
 
 class TierServer:
-    """One listener, one reader per connection, and one sender for all of them."""
+    """One door, one reader per connection, and one sender for all of them."""
 
     def __init__(
         self,
@@ -40,10 +41,11 @@ class TierServer:
         frame_bytes: int,
         link_mbit: float,
         tables: ServedTables | None = None,
+        data_ports: str = "",
     ):
         self._store = store
         self._tables = tables
-        self._identity = identity
+        self._door = Door(identity, self._serve, self._announced, data_ports)
         self._events = events
         self._frame_bytes, self._link_mbit = frame_bytes, link_mbit
         self._sessions: set[_Session] = set()
@@ -52,24 +54,20 @@ class TierServer:
         """Decode step time that a consumer named last; 0: none did."""
         self.port = 0
 
-    async def start(self, port: int) -> None:
-        """Listen on `port` (0: any free one) and expire leases.
+    async def start(self, port: int, host: str = "") -> None:
+        """Listen on `port` (0: any free one) of `host` (empty: everywhere) and expire leases.
 
         Raises:
-            TransferError: if the port is taken.
+            TransferError: if the port is taken, or the host is not this one's.
         """
-        import ucxx
-
-        try:
-            self._listener = ucxx.create_listener(self._serve, port=port)
-        except Exception as error:
-            raise TransferError(
-                f"cannot listen on UCX port {port}: {error}; choose another listen_port"
-            ) from None
-        self.port = self._listener.port
+        await self._door.open(host, port)
+        self.port = self._door.port
         self._sender = LinkSender(self._frame_bytes, self._link_mbit, self.rates)
         self._sending = asyncio.ensure_future(self._sender.run())
         self._expiry = asyncio.ensure_future(self._expire_leases())
+
+    def _announced(self) -> str:
+        return self._tables.current if self._tables else ""
 
     async def _expire_leases(self) -> None:
         while True:
@@ -85,16 +83,9 @@ class TierServer:
                 )
                 self.notify()
 
-    async def _serve(self, endpoint: object) -> None:
-        connection = Connection(endpoint, "consumer (before handshake)")
-        try:
-            announced = self._tables.current if self._tables else ""
-            hello = await welcome(connection, self._identity, announced)
-        except (ProtocolError, ConnectionError, TimeoutError) as error:
-            logger.warning("lynx: refused a consumer: %s", error or "handshake timed out")
-            await connection.close()
-            return
-        connection.peer = hello.peer
+    async def _serve(self, connection: Connection, hello: messages.Hello) -> None:
+        if hello.compat == PROBE:
+            return  # it has seen what it wanted to know
         session = _Session(self, connection)
         self._sessions.add(session)
         logger.info("lynx: consumer %s connected", connection.peer)
@@ -102,7 +93,6 @@ class TierServer:
             await session.run()
         finally:
             self._sessions.discard(session)
-            await connection.close()
 
     def notify(self) -> None:
         """New rows were encoded: wake the sender if it waits for them."""
@@ -116,10 +106,10 @@ class TierServer:
         return len(self._sessions)
 
     async def stop(self) -> None:
-        """Stop listening; sessions end with the loop."""
+        """Stop listening and end all sessions."""
         self._expiry.cancel()
         self._sending.cancel()
-        self._listener.close()
+        await self._door.close()
 
 
 class _Session:

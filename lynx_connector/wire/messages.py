@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every message between two Lynx workers.
 
-Control messages are MessagePack by msgspec: typed, of bounded size, never pickle. On the wire each
-is one fixed slot of `SLOT_BYTES` (length, then the message, then zeros); `Frame` and `Tables` are
-followed by their payload.
+Control messages are MessagePack by msgspec: typed, of bounded size, never pickle. They travel over
+the socket on which two workers met: a prefix (magic and length), then the message. The payload of
+`Frame` and `Tables` travels over UCX, in the order of their headers.
 
 Version history:
     1  first version: hello/challenge, fetch by tier order, frames of token-major rows.
@@ -13,8 +13,11 @@ Version history:
     3  the first token: in the handoff, or in Prefilled after an early reply; Prefilling; the
        handoff says whether its reply was early, and names the prompt. Fetch names the
        consumer's step time, the handoff how many drafts are worth it.
-    4  Hold: a consumer keeps the lease of what it cannot fetch yet. Prefilling also answers a
-       Fetch, so that a producer that hangs is told from a busy one.
+    4  workers meet on a TCP socket of their own, where all control messages stay; UCX carries
+       payloads alone, between endpoints made from worker addresses (Ready, Join, Joined).
+       Proofs cover versions and keys; with a secret messages are sealed, with `encrypt` payloads,
+       too. Hold: a consumer keeps the lease of what it cannot fetch yet. Prefilling also answers
+       a Fetch, so that a producer that hangs is told from a busy one.
 """
 
 import struct
@@ -27,9 +30,12 @@ from lynx_connector.errors import ProtocolError, shown
 
 PROTOCOL_VERSION = 4
 
-SLOT_BYTES = 1024
-_LENGTH = struct.Struct("<4sI")
+PREFIX = struct.Struct("<4sI")
 _MAGIC = b"LYNX"
+GREETING_BYTES = 1024
+"""Largest message of a peer that has proved nothing."""
+MESSAGE_BYTES = 20 << 10
+"""Largest message of all: one that holds a UCX worker address."""
 MAX_CAUSE = 240
 MAX_HELD = 6  # ids of full length in one slot
 
@@ -43,6 +49,9 @@ Id = Annotated[
 ]
 Count = Annotated[int, Meta(ge=0, le=1 << 40)]
 Nonce = Annotated[bytes, Meta(max_length=64)]
+Key = Annotated[bytes, Meta(max_length=32)]
+WorkerAddress = Annotated[bytes, Meta(min_length=1, max_length=16 << 10)]
+Tag = Annotated[bytes, Meta(min_length=8, max_length=8)]
 PayloadBytes = Annotated[int, Meta(ge=1, le=1 << 30)]
 Checksum = Annotated[int, Meta(ge=0)]
 TokenId = Annotated[int, Meta(ge=0, lt=1 << 31)]
@@ -59,21 +68,11 @@ class Message(msgspec.Struct, tag=True, forbid_unknown_fields=True):
     """Base of all control messages; the struct's name is the tag."""
 
 
-class Hello(Message):
-    """Consumer to producer, first message of a connection. These fields never change."""
+class Hello(Message, forbid_unknown_fields=False):
+    """Consumer to producer, first message of a connection. These fields never change.
 
-    version: int
-    release: Text
-    compat: Text
-    peer: Text
-    nonce: Nonce
-
-
-class Welcome(Message):
-    """Producer's answer: its own identity, and its proof where a secret is configured.
-
-    `tables` names the tables that its next requests will be encoded with, so that a consumer can
-    ask for them before it needs them; empty where there are none.
+    Later versions may add some, so that a peer of another version is refused by its version.
+    `key` is an ephemeral X25519 public key, empty without `encrypt`.
     """
 
     version: int
@@ -81,18 +80,54 @@ class Welcome(Message):
     compat: Text
     peer: Text
     nonce: Nonce
+    encrypt: bool = False
+    key: Key = b""
+
+
+class Welcome(Message):
+    """Producer's answer: its own identity, and its proof where a secret is configured."""
+
+    version: int
+    release: Text
+    compat: Text
+    peer: Text
+    nonce: Nonce
     proof: Nonce
-    tables: MaybeDigest = ""
+    encrypt: bool = False
+    key: Key = b""
 
 
 class Proof(Message):
-    """Consumer's proof, closing the handshake."""
+    """Consumer's proof."""
 
     proof: Nonce
 
 
 class Ready(Message):
-    """Producer: the handshake holds."""
+    """Producer: the proof holds, and this is where its UCX worker is.
+
+    `tag` marks what the consumer sends to it over UCX: one message, by which it knows that the
+    path is open. `data_ports` is the range of its UCX's TCP ports, empty where UCX chooses.
+    `tables` names the tables that its next requests will be encoded with, so that a consumer can
+    ask for them before it needs them; empty where there are none.
+    """
+
+    address: WorkerAddress
+    tag: Tag
+    data_ports: Text = ""
+    tables: MaybeDigest = ""
+
+
+class Join(Message):
+    """Consumer: where its own UCX worker is, and the tag of all payloads for it."""
+
+    address: WorkerAddress
+    tag: Tag
+
+
+class Joined(Message):
+    """Producer: the consumer has reached its UCX worker. One UCX message to the consumer follows,
+    and then this is a connection."""
 
 
 class Refused(Message):
@@ -209,6 +244,8 @@ AnyMessage = (
     | Welcome
     | Proof
     | Ready
+    | Join
+    | Joined
     | Refused
     | Fetch
     | Hold
@@ -226,38 +263,51 @@ _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(AnyMessage)
 
 
-def encode(message: Message) -> bytearray:
-    """One control message as a slot of `SLOT_BYTES`.
+def encode(message: Message) -> bytes:
+    """One control message, without its prefix.
 
     Raises:
-        ProtocolError: if the message does not fit.
+        ProtocolError: if the message is too long.
     """
     try:
         body = _encoder.encode(message)
     except UnicodeError:
         raise ProtocolError(f"{type(message).__name__} has a text that is no Unicode") from None
-    if len(body) > SLOT_BYTES - _LENGTH.size:
-        raise ProtocolError(f"{type(message).__name__} of {len(body)} bytes exceeds a slot")
-    slot = bytearray(SLOT_BYTES)
-    _LENGTH.pack_into(slot, 0, _MAGIC, len(body))
-    slot[_LENGTH.size : _LENGTH.size + len(body)] = body
-    return slot
+    limit = MESSAGE_BYTES if isinstance(message, Ready | Join) else GREETING_BYTES
+    if len(body) > limit:
+        raise ProtocolError(f"{type(message).__name__} of {len(body)} bytes, at most {limit} fit")
+    return body
 
 
-def decode(slot: bytes | bytearray | memoryview) -> AnyMessage:
-    """The message in a slot.
+def prefix(length: int) -> bytes:
+    """What comes before `length` bytes of a message."""
+    return PREFIX.pack(_MAGIC, length)
+
+
+def length_of(prefix: bytes, limit: int) -> int:
+    """Bytes of the message behind a prefix.
+
+    Raises:
+        ProtocolError: it is none, or announces more than `limit` bytes.
+    """
+    magic, length = PREFIX.unpack(prefix)
+    if magic != _MAGIC:
+        raise ProtocolError(
+            f"not a Lynx message (starts with {prefix!r}): a stranger, or a lynx-connector that "
+            "is older than protocol 4: install the same version on both sides"
+        )
+    if length > limit:
+        raise ProtocolError(f"control message claims {length} bytes")
+    return length
+
+
+def decode(body: bytes) -> AnyMessage:
+    """The message in `body`.
 
     Raises:
         ProtocolError: on anything that is not exactly one valid message.
     """
-    if len(slot) != SLOT_BYTES:
-        raise ProtocolError(f"a control slot has {SLOT_BYTES} bytes, got {len(slot)}")
-    magic, length = _LENGTH.unpack_from(slot, 0)
-    if magic != _MAGIC:
-        raise ProtocolError(f"not a Lynx message (starts with {bytes(magic)!r})")
-    if length > SLOT_BYTES - _LENGTH.size:
-        raise ProtocolError(f"control message claims {length} bytes")
     try:
-        return _decoder.decode(memoryview(slot)[_LENGTH.size : _LENGTH.size + length])
+        return _decoder.decode(body)
     except DECODE_ERRORS as error:
         raise ProtocolError(f"malformed control message: {shown(str(error))}") from None

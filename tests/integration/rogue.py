@@ -14,6 +14,7 @@ from lynx_connector.tiers.staging import StagedTransfer, StagingStore
 from lynx_connector.transport.handshake import Identity
 from lynx_connector.transport.loop import TransportLoop
 from lynx_connector.transport.server import TierServer
+from lynx_connector.wire.messages import PROTOCOL_VERSION
 
 GEOMETRY = KVGeometry(30, 3, 64, "float32")
 
@@ -58,7 +59,7 @@ class RogueProducer:
 def handoff(transfer_id: str, num_tokens: int, port: int, **lynx: object) -> dict:
     """kv_transfer_params of a decode leg."""
     ours = {
-        "version": 4,
+        "version": PROTOCOL_VERSION,
         "num_tokens": num_tokens,
         "codec": "hadamard",
         "exact_first": 1,

@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from lynx_connector.transport import sources
+from lynx_connector.wire.messages import PROTOCOL_VERSION
 
 from .pair import prompt, tokens
 from .rogue import RogueProducer, compatibility_of, handoff
@@ -71,7 +72,7 @@ def check_both(pair, strict, reference, make_params, cause):
     ("change", "cause"),
     [
         ({"remote_host": None}, "remote_host"),
-        ({"lynx": {"version": 4}}, "num_tokens"),
+        ({"lynx": {"version": PROTOCOL_VERSION}}, "num_tokens"),
         ({"lynx": None}, "lynx"),
     ],
 )

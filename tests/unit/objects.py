@@ -12,6 +12,7 @@ from lynx_connector.plan.planner import Planner
 from lynx_connector.producer.scheduler import ProducerScheduler
 from lynx_connector.telemetry.events import EventLog
 from lynx_connector.wire.handoff import parse_handoff
+from lynx_connector.wire.messages import PROTOCOL_VERSION
 
 BLOCK = 16
 
@@ -140,7 +141,7 @@ def run(half, name, params=None):
 
 def handoff(**lynx):
     ours = {
-        "version": 4,
+        "version": PROTOCOL_VERSION,
         "num_tokens": 100,
         "codec": "hadamard",
         "exact_first": 1,

@@ -17,14 +17,25 @@ PAYLOAD = np.arange(64, dtype=np.uint8)
 FRAME = messages.Frame("t", 0, "klt", 0, 4, 64, 1)
 
 
-class Endpoint:
-    """What a connection sends, as bytes."""
+class Wires:
+    """A connection's socket and UCX path; what it sends, as bytes in order."""
+
+    peer = "peer"
 
     def __init__(self):
         self.sent = []
 
-    async def send(self, part):
-        self.sent.append(bytes(part))
+    def write(self, message):
+        self.sent.append(bytes(messages.encode(message)))
+
+    async def drain(self):
+        pass
+
+    async def read(self):
+        raise ConnectionError("nothing to read")
+
+    async def send(self, payload):
+        self.sent.append(bytes(payload))
 
 
 @pytest.fixture
@@ -39,9 +50,13 @@ def settings(tmp_path, monkeypatch):
 
 
 def sent(*parts):
-    endpoint = Endpoint()
-    asyncio.run(Connection(endpoint, "peer").send(*parts))
-    return endpoint.sent
+    wires = Wires()
+
+    async def run():
+        await Connection(wires, wires).send(*parts)
+
+    asyncio.run(run())
+    return wires.sent
 
 
 def whole():
@@ -78,7 +93,7 @@ def test_each_fault_does_what_it_is_called(settings, fault):
 
 def test_control_messages_are_left_alone(settings):
     transport_faults.write_settings(settings, 1, ("lost",))
-    ready = messages.Ready()
+    ready = messages.Joined()
     assert sent(ready) == [bytes(messages.encode(ready))]
 
 

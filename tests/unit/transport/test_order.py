@@ -192,6 +192,7 @@ class Link:
         return max(0.0, self.free_at - self.now)
 
 
+@settings(deadline=None)
 @given(st.floats(1e5, 5e9), st.sampled_from([64 << 10, 1 << 20, 64 << 20]))
 def test_little_is_ahead_of_a_late_frame_and_the_link_stays_busy(rate, max_frame):
     link = Link(rate, max_frame)

@@ -13,7 +13,7 @@ from lynx_connector.transport.client import TierClient
 from lynx_connector.transport.holds import Holds
 from lynx_connector.wire import messages
 
-from .test_loopback import NoTablesNeeded, Pair, receive, until
+from .pair import NoTablesNeeded, Pair, receive, until
 
 
 @pytest.fixture

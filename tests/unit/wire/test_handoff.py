@@ -8,6 +8,7 @@ import pytest
 from lynx_connector.config import FinalTier
 from lynx_connector.errors import ProtocolError
 from lynx_connector.wire.handoff import Handoff, LynxParams, parse_handoff
+from lynx_connector.wire.messages import PROTOCOL_VERSION
 from tests.unit import objects
 
 
@@ -58,7 +59,7 @@ def test_handoff_names_tables_per_rank():
 
 def test_a_reply_is_read_as_it_was_written():
     lynx = LynxParams(
-        version=4,
+        version=PROTOCOL_VERSION,
         num_tokens=10,
         codec="klt",
         exact_first=1,

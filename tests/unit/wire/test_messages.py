@@ -14,9 +14,11 @@ from lynx_connector.wire import messages
 
 MESSAGES = [
     messages.Hello(1, "0.1.0", "c" * 32, "engine/0", b"n" * 32),
-    messages.Welcome(1, "0.1.0", "c" * 32, "engine/0", b"n" * 32, b"p" * 32, "d" * 32),
+    messages.Welcome(1, "0.1.0", "c" * 32, "engine/0", b"n" * 32, b"p" * 32),
     messages.Proof(b""),
-    messages.Ready(),
+    messages.Ready(b"a" * 2000, b"t" * 8, "20000-20063", "d" * 32),
+    messages.Join(b"a" * 2000, b"t" * 8),
+    messages.Joined(),
     messages.Refused("why"),
     messages.Fetch("id", 0, 4096),
     messages.Hold(["t", "u"]),
@@ -35,28 +37,46 @@ MESSAGES = [
 
 @pytest.mark.parametrize("message", MESSAGES, ids=lambda m: type(m).__name__)
 def test_round_trip(message):
-    slot = messages.encode(message)
-    assert len(slot) == messages.SLOT_BYTES
-    assert messages.decode(slot) == message
+    body = messages.encode(message)
+    assert messages.length_of(messages.prefix(len(body)), messages.MESSAGE_BYTES) == len(body)
+    assert messages.decode(body) == message
+
+
+@pytest.mark.parametrize("message", MESSAGES, ids=lambda m: type(m).__name__)
+def test_only_worker_addresses_need_more_than_a_greeting(message):
+    small = len(messages.encode(message)) <= messages.GREETING_BYTES
+    assert small is not isinstance(message, messages.Ready | messages.Join)
 
 
 def test_every_message_is_covered():
     assert {type(m) for m in MESSAGES} == set(messages.AnyMessage.__args__)
 
 
-@given(st.binary(max_size=messages.SLOT_BYTES))
-def test_noise_is_refused(noise):
-    slot = noise.ljust(messages.SLOT_BYTES, b"\0")
-    if not slot.startswith(b"LYNX"):
-        with pytest.raises(ProtocolError):
-            messages.decode(slot)
+@given(st.binary(min_size=8, max_size=8))
+def test_prefix_of_a_stranger_is_refused(noise):
+    if not noise.startswith(b"LYNX"):
+        with pytest.raises(ProtocolError, match="not a Lynx message"):
+            messages.length_of(noise, messages.GREETING_BYTES)
 
 
-@given(st.binary(max_size=900), st.integers(0, 2**32 - 1))
-def test_noise_behind_a_valid_prefix_never_escapes_as_another_error(noise, length):
-    slot = (struct.pack("<4sI", b"LYNX", length) + noise).ljust(messages.SLOT_BYTES, b"\0")
+@given(st.integers(messages.GREETING_BYTES + 1, 2**32 - 1))
+def test_prefix_that_announces_too_much_is_refused(length):
+    with pytest.raises(ProtocolError, match="claims"):
+        messages.length_of(struct.pack("<4sI", b"LYNX", length), messages.GREETING_BYTES)
+
+
+@given(st.binary(max_size=900))
+def test_noise_behind_a_valid_prefix_never_escapes_as_another_error(noise):
     with contextlib.suppress(ProtocolError):
-        assert isinstance(messages.decode(slot), messages.Message)
+        assert isinstance(messages.decode(noise), messages.Message)
+
+
+def test_hello_of_a_later_version_still_tells_its_version():
+    body = msgspec.msgpack.encode(
+        msgspec.msgpack.decode(messages.encode(messages.Hello(99, "9.9", "c", "p", b"n")))
+        | {"invented": [1, 2]}
+    )
+    assert messages.decode(body).version == 99
 
 
 @pytest.mark.parametrize(
@@ -85,9 +105,8 @@ def test_out_of_range_frames_are_refused(fields):
         "checksum": 0,
     }
     body = msgspec.msgpack.encode(good | fields)
-    slot = (struct.pack("<4sI", b"LYNX", len(body)) + body).ljust(messages.SLOT_BYTES, b"\0")
     with pytest.raises(ProtocolError, match="malformed"):
-        messages.decode(slot)
+        messages.decode(body)
 
 
 @pytest.mark.parametrize(
@@ -95,11 +114,10 @@ def test_out_of_range_frames_are_refused(fields):
 )
 def test_digests_are_32_hex_digits_and_nothing_else(digest):
     body = msgspec.msgpack.encode({"type": "TablesRequest", "digest": digest})
-    slot = (struct.pack("<4sI", b"LYNX", len(body)) + body).ljust(messages.SLOT_BYTES, b"\0")
     with pytest.raises(ProtocolError, match="malformed"):
-        messages.decode(slot)
+        messages.decode(body)
 
 
 def test_oversized_message_is_not_sent():
-    with pytest.raises(ProtocolError, match="exceeds a slot"):
+    with pytest.raises(ProtocolError, match="at most 1024"):
         messages.encode(messages.Refused("x" * 2000))

@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where workers meet: addresses, names, ports, and peers of other versions."""
+
+import asyncio
+import socket
+import struct
+import threading
+import time
+
+import pytest
+
+from lynx_connector.errors import TransferError
+from lynx_connector.transport import address, data_path, meeting, ports
+from lynx_connector.transport.address import Resolver, printable
+from lynx_connector.transport.handshake import Identity
+from lynx_connector.transport.ports import listen
+from lynx_connector.wire import messages
+
+from .pair import Pair, drain, receive, until
+
+HAS_IPV6 = socket.has_dualstack_ipv6()
+
+
+def names(monkeypatch, **found):
+    """Patch the resolver: a list of addresses, or a function that returns one."""
+    real = socket.getaddrinfo
+
+    def getaddrinfo(host, port, *args, **kwargs):
+        if host not in found:
+            return real(host, port, *args, **kwargs)
+        addresses = found[host]() if callable(found[host]) else found[host]
+        return [(0, socket.SOCK_STREAM, 6, "", (one, 0)) for one in addresses]
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+
+
+@pytest.mark.skipif(not HAS_IPV6, reason="no IPv6 here")
+@pytest.mark.parametrize("host", ["::1", "[::1]"])
+def test_ipv6(pair, host):
+    pair.stage()
+    inbound = pair.fetch(host=host)
+    receive(inbound)
+    assert inbound.refined
+    assert pair.client.num_peers == 1
+
+
+@pytest.mark.skipif(not HAS_IPV6, reason="no IPv6 here")
+def test_bracketed_and_bare_hosts_share_a_connection(pair):
+    for name, host in (("a", "::1"), ("b", "[::1]")):
+        pair.stage(name)
+        receive(pair.fetch(name, host=host))
+    assert pair.client.num_peers == 1
+
+
+@pytest.mark.skipif(not HAS_IPV6, reason="no IPv6 here")
+def test_a_name_whose_first_address_does_not_answer(loop, monkeypatch):
+    names(monkeypatch, both=["::1", "127.0.0.1"])
+    pair = Pair(loop, listen_host="127.0.0.1")
+    pair.stage()
+    inbound = pair.fetch(host="both")
+    receive(inbound)
+    assert inbound.refined
+    pair.close()
+
+
+def test_listen_host_keeps_other_interfaces_closed(loop):
+    pair = Pair(loop, listen_host="127.0.0.1")
+    inbound = pair.fetch(host="127.0.0.2")
+    until(lambda: inbound.failure)
+    assert "127.0.0.2" in inbound.failure and "refused" in inbound.failure
+    pair.close()
+
+
+def test_listen_host_of_another_machine_is_named(loop):
+    with pytest.raises(TransferError, match=r"192\.0\.2\.77.*listen_host"):
+        loop.run(listen("192.0.2.77", 0))
+
+
+def test_a_slow_name_delays_only_its_own_transfer(pair, monkeypatch):
+    asked, release = threading.Event(), threading.Event()
+
+    def slow():
+        asked.set()
+        release.wait(30)
+        return ["127.0.0.1"]
+
+    names(monkeypatch, slow=slow)
+    pair.stage("slow one")
+    waiting = pair.fetch("slow one", host="slow")
+    assert asked.wait(10)
+    for name in ("one", "two"):
+        pair.stage(name)
+        inbound = pair.fetch(name)
+        receive(inbound)
+        assert inbound.refined
+    assert waiting.failure is None and not drain(waiting)
+    release.set()
+    receive(waiting)
+    assert waiting.refined
+
+
+def test_a_dead_resolver_fails_its_own_transfer_by_name(pair, monkeypatch):
+    release = threading.Event()
+    names(monkeypatch, dead=lambda: release.wait(30) or ["127.0.0.1"])
+    monkeypatch.setattr(address, "RESOLVE_SECONDS", 0.2)
+    inbound = pair.fetch(host="dead")
+    until(lambda: inbound.failure)
+    assert "'dead'" in inbound.failure and "resolver" in inbound.failure
+    release.set()
+
+
+def test_a_name_is_looked_up_once_at_a_time_and_lookups_are_bounded(loop, monkeypatch):
+    release, calls = threading.Event(), []
+
+    def slow():
+        calls.append(1)
+        release.wait(30)
+        return ["127.0.0.1"]
+
+    names(monkeypatch, one=slow, two=slow)
+    monkeypatch.setattr(address, "MAX_LOOKUPS", 1)
+
+    async def look():
+        resolver = Resolver()
+        several = [asyncio.ensure_future(resolver.resolve("one")) for _ in range(5)]
+        await asyncio.sleep(0)
+        with pytest.raises(TransferError, match="being looked up"):
+            await resolver.resolve("two")
+        release.set()
+        return await asyncio.gather(*several)
+
+    assert loop.run(look()) == [["127.0.0.1"]] * 5
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("host", ["no such host", "a" * 300, "x\0y", "ü" * 80, ""])
+def test_hosts_that_cannot_be_resolved_are_named(pair, host):
+    inbound = pair.fetch(host=host)
+    until(lambda: inbound.failure)
+    assert "cannot connect to" in inbound.failure
+    assert "\0" not in inbound.failure
+
+
+def test_hosts_in_logs_have_brackets_and_no_control_characters():
+    assert printable("::1", 80) == printable("[::1]", 80) == "[::1]:80"
+    assert printable("a\0\x1b[1mb\n", 1) == "a\\x00\\x1b[1mb\\n:1"
+
+
+def test_a_restart_has_its_port_at_once_though_connections_are_open(loop):
+    first = Pair(loop)
+    first.stage()
+    receive(first.fetch())
+    port = first.server.port
+    strangers = [socket.create_connection(("127.0.0.1", port)) for _ in range(3)]
+    # Dies without closing: the kernel closes the listening socket first, connections linger.
+    for server in first.server._door._servers:
+        loop.run(_close_listener(server))
+    second = Pair(loop, port=port)
+    assert second.server.port == port
+    second.stage("again")
+    inbound = second.fetch("again")
+    receive(inbound)
+    assert inbound.refined
+    for stranger in strangers:
+        stranger.close()
+    first.close()
+    second.close()
+
+
+async def _close_listener(server):
+    server.close()
+
+
+def test_a_taken_port_is_waited_for(loop, caplog):
+    holder = socket.create_server(("", 0))
+    port = holder.getsockname()[1]
+    threading.Timer(0.5, holder.close).start()
+    (sock,) = loop.run(listen("", port))
+    assert sock.getsockname()[1] == port
+    assert "taken" in caplog.text
+    sock.close()
+
+
+def test_a_port_that_stays_taken_is_an_error_that_names_it(loop, monkeypatch):
+    monkeypatch.setattr(ports, "PORT_SECONDS", 0.2)
+    with socket.create_server(("", 0)) as holder:
+        port = holder.getsockname()[1]
+        with pytest.raises(TransferError, match=rf"{port}.*another listen_port"):
+            loop.run(listen("", port))
+
+
+def talk(port, sent):
+    """What a peer answers to these bytes, until it closes."""
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as sock:
+        sock.sendall(sent)
+        answer = b""
+        try:
+            while more := sock.recv(4096):
+                answer += more
+        except ConnectionResetError:
+            pass
+        return answer
+
+
+def framed(message):
+    body = messages.encode(message)
+    return messages.prefix(len(body)) + body
+
+
+def test_another_version_is_refused_by_number(pair):
+    answer = talk(pair.server.port, framed(messages.Hello(3, "0.1.0", "c", "old/0", b"n" * 32)))
+    refused = messages.decode(answer[8:])
+    assert isinstance(refused, messages.Refused)
+    assert "protocol 3 (lynx-connector 0.1.0)" in refused.cause
+
+
+def test_bytes_of_a_version_3_consumer_are_closed_at_once_with_one_line(pair, caplog):
+    # UCX's own connection request: a header of lengths, then a packed worker address.
+    sent = struct.pack("<QII", 110, 0, 1) + bytes(range(110))
+    began = time.monotonic()
+    assert talk(pair.server.port, sent) == b"" or True
+    assert time.monotonic() - began < meeting.GREETING_SECONDS / 2
+    until(lambda: "refused a connection" in caplog.text)
+    lines = [r.getMessage() for r in caplog.records if "refused a connection" in r.getMessage()]
+    assert len(lines) == 1 and "older than protocol 4" in lines[0]
+
+
+def test_a_producer_that_only_seems_to_be_one_is_named(pair):
+    """A web server behind the port that a handoff names."""
+    with socket.create_server(("127.0.0.1", 0)) as web:
+
+        def serve():
+            client, _ = web.accept()
+            client.recv(100)
+            client.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+            client.close()
+
+        threading.Thread(target=serve, daemon=True).start()
+        inbound = pair.fetch(port=web.getsockname()[1])
+        until(lambda: inbound.failure)
+    assert "not a Lynx message" in inbound.failure
+
+
+def test_a_silent_producer_times_out(pair, monkeypatch):
+    monkeypatch.setattr(meeting, "GREETING_SECONDS", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        inbound = pair.fetch(port=silent.getsockname()[1])
+        until(lambda: inbound.failure)
+    assert "handshake timed out" in inbound.failure
+
+
+def test_a_closed_data_port_is_told_from_a_closed_meeting_port(loop, monkeypatch):
+    """UCX of the consumer reaches nobody: its knock is not heard."""
+    monkeypatch.setattr(meeting, "JOIN_SECONDS", 0.3)
+
+    async def deaf(tag):
+        await asyncio.sleep(60)
+
+    monkeypatch.setattr(meeting, "heard", deaf)
+    pair = Pair(loop)
+    inbound = pair.fetch()
+    until(lambda: inbound.failure)
+    assert "data_ports" in inbound.failure and "firewall" in inbound.failure
+    assert pair.server.num_sessions == 0
+    pair.close()
+
+
+def test_a_consumer_that_leaves_before_ucx_is_up_is_forgotten(pair):
+    hello = messages.Hello(messages.PROTOCOL_VERSION, "x", "compat", "early/0", b"n" * 32)
+    with socket.create_connection(("127.0.0.1", pair.server.port), timeout=10) as sock:
+        sock.sendall(framed(hello) + framed(messages.Proof(b"")))
+        sock.sendall(framed(messages.Join(data_path.worker_address(), b"t" * 8)))
+        until(lambda: pair.server._door._strangers)
+    until(lambda: not pair.server._door._strangers)
+    assert pair.server.num_sessions == 0
+
+
+def test_probe_is_let_in_whatever_it_serves_and_gets_nothing(loop):
+    pair = Pair(loop, consumer=Identity("probe", "lynx doctor"))
+    pair.stage()
+    inbound = pair.fetch()
+    until(lambda: inbound.failure)
+    assert "closed" in inbound.failure
+    pair.close()
