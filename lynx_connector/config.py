@@ -7,7 +7,9 @@ start-up with a message that names the key, the value and what is accepted.
 
 import difflib
 import enum
+import ipaddress
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -41,6 +43,9 @@ FIRST_TABLES_TOKENS = 2048
 
 MIN_LEARN_TOKENS = 512
 """Fewer tokens than that do not fill the covariances of the larger head sizes."""
+
+
+MIN_SECRET_BYTES = 16
 
 
 class StartMode(enum.StrEnum):
@@ -128,7 +133,20 @@ class LynxConfig(BaseModel):
         description="Producer: tokens at the prompt's end sent uncompressed (so is token 0).",
     )
     listen_port: Annotated[int, Field(ge=0, le=65000)] = Field(
-        0, description="Producer: TCP port of rank 0; rank r adds r. 0 takes any free port."
+        0,
+        description="Producer: TCP port on which its workers meet consumers. Tensor parallel rank "
+        "r of data parallel rank d listens on listen_port + d x tensor parallel size + r. 0 takes "
+        "any free port.",
+    )
+    listen_host: str | None = Field(
+        None,
+        description="Producer: host name or address of the interface that it listens on. Default: "
+        "all, or loopback alone where advertise_host is loopback.",
+    )
+    data_ports: str | None = Field(
+        None,
+        description="TCP ports that UCX may take for payloads, `FIRST-LAST`: at least one for each "
+        "worker on this host and network interface. Default: UCX takes any.",
     )
     advertise_host: str | None = Field(
         None,
@@ -186,8 +204,19 @@ class LynxConfig(BaseModel):
     )
     secret_file: Path | None = Field(
         None,
-        description="File whose content both sides must share; peers then prove it by HMAC "
-        "before a byte of KV moves.",
+        description="File with a secret that both sides share; peers then prove it by HMAC "
+        "before a byte of KV moves, and control messages are encrypted. Further lines are "
+        "accepted, too; read again when it changes.",
+    )
+    encrypt: bool = Field(
+        False,
+        description="Encrypt payloads, too (AES-256-GCM; needs secret_file). One side that asks "
+        "for it is enough.",
+    )
+    allowed_prefills: tuple[str, ...] = Field(
+        (),
+        description="Consumer: addresses, networks (10.0.0.0/8) and host names that prefills may "
+        "have; a request that names another one is refused, and nothing is connected. Empty: any.",
     )
     model_id: str | None = Field(
         None,
@@ -230,13 +259,33 @@ class LynxConfig(BaseModel):
             raise ValueError("accepted values are 1MiB and above")
         return value
 
+    @field_validator("data_ports")
+    @classmethod
+    def _port_range(cls, value: str | None) -> str | None:
+        if value is not None:
+            first, _, last = value.partition("-")
+            if not (
+                first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last) <= 65535
+            ):
+                raise ValueError("accepted is FIRST-LAST, e.g. 7700-7731")
+        return value
+
+    @field_validator("allowed_prefills")
+    @classmethod
+    def _hosts_or_networks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for entry in value:
+            if "/" in entry:
+                ipaddress.ip_network(entry)
+            elif not re.fullmatch(r"[\w.:-]{1,253}", entry.strip("[]")):
+                raise ValueError(f"{entry!r} is no host name, address or network")
+        return value
+
     @field_validator("secret_file")
     @classmethod
     def _readable_secret(cls, value: Path | None) -> Path | None:
         if value is not None:
             try:
-                if len(value.read_bytes().strip()) < 16:
-                    raise ValueError("the file must hold at least 16 bytes")
+                parse_secrets(value.read_bytes())
             except OSError as error:
                 raise ValueError(f"cannot be read: {error.strerror}") from error
         return value
@@ -253,6 +302,8 @@ class LynxConfig(BaseModel):
                 f"anchor_bits = {self.anchor_bits} goes with codec = 'klt' only, "
                 f"not with {self.codec!r}"
             )
+        if self.encrypt and self.secret_file is None:
+            raise ValueError("encrypt = true needs secret_file")
         return self
 
     @classmethod
@@ -267,6 +318,17 @@ class LynxConfig(BaseModel):
         except ValidationError as error:
             lines = [_explain(issue, cls.model_fields) for issue in error.errors()]
             raise ConfigError("; ".join(lines)) from None
+
+    def listens_on(self) -> str:
+        """Host whose interfaces are listened on; empty: all."""
+        if self.listen_host is not None:
+            return self.listen_host
+        advertised = (self.advertise_host or "").strip("[]")
+        try:
+            loopback = ipaddress.ip_address(advertised).is_loopback
+        except ValueError:
+            loopback = advertised == "localhost"
+        return advertised if loopback else ""
 
     def tables_root(self) -> Path | None:
         """`tables_dir`, or its default; None where there is no such folder, as for a user without
@@ -283,9 +345,23 @@ class LynxConfig(BaseModel):
             return None
         return root if self.tables_dir is not None or root.is_absolute() else None
 
-    def secret(self) -> bytes | None:
-        """The shared secret, or None where none is configured."""
-        return self.secret_file.read_bytes().strip() if self.secret_file else None
+
+def parse_secrets(content: bytes) -> tuple[bytes, ...]:
+    """The secrets in a file: of a text one a line, of anything else the whole.
+
+    Raises:
+        ValueError: one of them is short, or there is none.
+    """
+    try:
+        lines = content.decode("ascii").split("\n")
+        secrets = [line.strip().encode() for line in lines if line.strip()]
+    except UnicodeDecodeError:
+        secrets = [content.strip()]
+    if not secrets or min(map(len, secrets)) < MIN_SECRET_BYTES:
+        raise ValueError(
+            f"each line of the file must hold a secret of at least {MIN_SECRET_BYTES} bytes"
+        )
+    return tuple(secrets)
 
 
 def _explain(issue: Any, known: dict[str, Any]) -> str:

@@ -97,7 +97,9 @@ class LynxConnector(KVConnectorBase_V1):
         if transfer.is_kv_producer:
             compat.check_bootstrap(self._config, vllm_config)
             if self._config.bootstrap_port:
-                self._bootstrap = BootstrapServer(self._config.bootstrap_port, transfer.engine_id)
+                # An engine for each data parallel rank, on consecutive ports.
+                port = self._config.bootstrap_port + vllm_config.parallel_config.data_parallel_index
+                self._bootstrap = BootstrapServer(port, transfer.engine_id)
             self._producer = ProducerScheduler(
                 self._config,
                 transfer.engine_id,
@@ -243,6 +245,7 @@ class LynxConnector(KVConnectorBase_V1):
         from lynx_connector.producer.worker import ProducerWorker
         from lynx_connector.transport.handshake import Identity
         from lynx_connector.transport.loop import TransportLoop
+        from lynx_connector.wire.secrets import SharedSecrets
 
         config, vllm_config = self._config, self._vllm_config
         transfer = vllm_config.kv_transfer_config
@@ -257,20 +260,22 @@ class LynxConnector(KVConnectorBase_V1):
         geometry = KVGeometry(
             len(kv_caches), spec.num_kv_heads, spec.head_size, str(spec.dtype).rsplit(".")[-1]
         )
-        rank = get_tensor_model_parallel_rank()
+        rank, tp_size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
         identity = Identity(
             served.compatibility(vllm_config, config, dataclasses.asdict(geometry)),
             f"{transfer.engine_id}/{rank}",
-            config.secret(),
+            SharedSecrets(config.secret_file),
+            config.encrypt,
         )
-        self._loop = TransportLoop(config.ucx_tls)
+        self._loop = TransportLoop(config.ucx_tls, config.data_ports)
         self._loop.start()
         context = WorkerContext(
             config=config,
             identity=identity,
             tables_key=served.tables_key(vllm_config, config, dataclasses.asdict(geometry)),
             rank=rank,
-            tensor_parallel_size=get_tensor_model_parallel_world_size(),
+            tensor_parallel_size=tp_size,
+            port_offset=vllm_config.parallel_config.data_parallel_index * tp_size + rank,
             geometry=geometry,
             rotation=compat.key_rotation(geometry.head_dim),
             cache=cache,

@@ -27,6 +27,7 @@ from lynx_connector.plan.meters import StepMeter
 from lynx_connector.scheduler import first_token
 from lynx_connector.telemetry.events import EventLog
 from lynx_connector.tiers.waiting import WaitingRoom
+from lynx_connector.wire.allowed import AllowedPrefills
 from lynx_connector.wire.handoff import Handoff, parse_handoff, parse_mooncake_leg
 
 if TYPE_CHECKING:
@@ -97,6 +98,7 @@ class ConsumerScheduler:
         self._events = events
         self._steps = StepMeter()
         self._bootstrap = BootstrapClient(config.bootstrap_wait_seconds)
+        self._allowed = AllowedPrefills(config.allowed_prefills)
         self._waiting = WaitingRoom(waiting_tokens)
         self._unclaimed: dict[str, tuple[Handoff, float]] = {}
         """Handoffs of another prompt than the request's that came with them, and since when: of a
@@ -127,6 +129,7 @@ class ConsumerScheduler:
             elif user := self._user_of(leg.transfer_id):
                 self._share(request, decode, user)
             else:
+                self._allowed.check_url(leg.remote_bootstrap_addr)
                 decode.routed_as = leg.transfer_id
                 decode.resolving = self._bootstrap.resolve(leg)
         except ProtocolError as error:
@@ -136,9 +139,10 @@ class ConsumerScheduler:
         """Read the handoff, wherever it came from.
 
         Raises:
-            ProtocolError: it cannot be read.
+            ProtocolError: it cannot be read, or names a host that is not allowed.
         """
         handoff = parse_handoff(params)
+        self._allowed.check(handoff.remote_host)
         if user := self._user_of(handoff.transfer_id):
             self._share(request, decode, user)
             return

@@ -30,6 +30,7 @@ from lynx_connector.engine.worker_context import WorkerContext
 from lynx_connector.errors import LynxError
 from lynx_connector.tiers.pieces import TierBuffers, TokenRange, plan_pieces, slots_of
 from lynx_connector.transport.client import TierClient
+from lynx_connector.wire.allowed import AllowedPrefills
 from lynx_connector.wire.handoff import TABLE_CODECS
 
 logger = logging.getLogger("vllm.lynx.consumer")
@@ -61,7 +62,11 @@ class ConsumerWorker:
             store, context.geometry, lambda new: self._codecs.get(TABLE_CODECS[0], tables=new)
         )
         self._client = TierClient(
-            context.identity, config.transfer_timeout_seconds, self._tables, context.events
+            context.identity,
+            config.transfer_timeout_seconds,
+            self._tables,
+            context.events,
+            AllowedPrefills(config.allowed_prefills),
         )
         for name in (FALLBACK_CODEC, "bf16"):  # compile before the first request
             self._codecs.get(name)

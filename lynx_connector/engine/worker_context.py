@@ -26,6 +26,8 @@ class WorkerContext:
     rank: int
     """Tensor parallel rank; fetches from the producer's worker of the same rank."""
     tensor_parallel_size: int
+    port_offset: int
+    """Of this worker among all of its deployment's: added to a fixed `listen_port`."""
     geometry: KVGeometry
     rotation: Rotation
     """What the codec klt rotates K back by; NO_ROTATION where it is not known."""

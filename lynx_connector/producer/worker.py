@@ -106,9 +106,10 @@ class ProducerWorker:
             int(config.frame_bytes),
             config.link_mbit,
             self if learns else None,
+            config.data_ports or "",
         )
-        port = config.listen_port + context.rank if config.listen_port else 0
-        self._loop.run(self._server.start(port))
+        port = config.listen_port + context.port_offset if config.listen_port else 0
+        self._loop.run(self._server.start(port, config.listens_on()))
         self._reported_mbit = self._reported_step_ms = 0.0
         self._transfers: dict[str, StagedTransfer] = {}
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()

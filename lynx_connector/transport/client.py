@@ -3,9 +3,10 @@
 
 import asyncio
 import contextlib
+import functools
 import logging
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,14 +17,21 @@ from lynx_connector.transport.address import Resolver, bare_host, printable
 from lynx_connector.transport.connection import Connection, checksum
 from lynx_connector.transport.handshake import Identity
 from lynx_connector.transport.holds import Holds
-from lynx_connector.transport.meeting import Address, meet
+from lynx_connector.transport.meeting import Address, DeafPeerError, Patience, meet
+from lynx_connector.transport.seal import BrokenSealError
 from lynx_connector.transport.tables import TablesSink, WantedTables
 from lynx_connector.wire import messages
+from lynx_connector.wire.allowed import AllowedPrefills
 
 logger = logging.getLogger("vllm.lynx.client")
 
 PROBE_SECONDS = 2.0
-"""How long a producer that was silent for a whole timeout is given to answer the next fetch."""
+"""How long a producer that was silent for a whole timeout is given to answer the next fetch, or one
+that did not answer at all the next connection."""
+MAX_DEAF = 1024
+
+
+Meet = Callable[[], Coroutine[Any, Any, tuple[Connection, messages.Ready]]]
 
 
 class Sink(Protocol):
@@ -58,13 +66,17 @@ class TierClient:
         timeout_seconds: float,
         tables: TablesSink,
         events: EventLog = SILENT,
+        allowed: AllowedPrefills | None = None,
     ):
         self._identity = identity
+        self._allowed = allowed or AllowedPrefills()
         self._events = events
         self._tables = tables
         self._timeout = timeout_seconds
         self._resolver = Resolver()
         self._peers: dict[Address, _Peer] = {}
+        self._deaf: dict[Address, None] = {}
+        """Where nobody answered when last asked, the newest last."""
         self._tasks: set[asyncio.Task] = set()
 
     def fetch(
@@ -109,19 +121,31 @@ class TierClient:
         address = (bare_host(address[0]), address[1])
         peer = self._peers.get(address)
         if peer is None or peer.lost:
-            peer = _Peer(
-                address, self._identity, self._resolver, self._timeout, self._tables, self._events
-            )
+            peer = _Peer(address, self._timeout, self._tables, self._events)
             self._peers[address] = peer
             self._spawn(self._run(peer))
         return peer
 
     async def _run(self, peer: "_Peer") -> None:
         try:
-            await peer.run()
+            await peer.run(functools.partial(self._meet, peer.address))
         finally:
             if self._peers.get(peer.address) is peer:
                 del self._peers[peer.address]
+
+    async def _meet(self, address: Address) -> tuple[Connection, messages.Ready]:
+        """Connect; who did not answer the last time is given little time now."""
+        self._allowed.check(address[0])
+        patience = Patience(PROBE_SECONDS) if address in self._deaf else Patience()
+        try:
+            met = await meet(address, self._identity, self._resolver, patience)
+        except DeafPeerError:
+            self._deaf[address] = None
+            if len(self._deaf) > MAX_DEAF:
+                del self._deaf[next(iter(self._deaf))]
+            raise
+        self._deaf.pop(address, None)
+        return met
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = asyncio.ensure_future(coroutine)
@@ -145,8 +169,6 @@ class _Peer:
     def __init__(
         self,
         address: Address,
-        identity: Identity,
-        resolver: Resolver,
         timeout_seconds: float,
         tables: TablesSink,
         events: EventLog,
@@ -155,8 +177,6 @@ class _Peer:
         self._events = events
         self.sinks: dict[str, Sink] = {}
         self.lost = False
-        self._identity = identity
-        self._resolver = resolver
         self._timeout = timeout_seconds
         self._heard = time.monotonic()
         self._connection: asyncio.Future[Connection] = asyncio.get_running_loop().create_future()
@@ -194,13 +214,13 @@ class _Peer:
         if digest and (request := await self._wanted.request(digest)) is not None:
             await self.send(request)
 
-    async def run(self) -> None:
+    async def run(self, meet: Meet) -> None:
         """Connect, receive until the connection ends, then fail what is left."""
         cause = f"connection to {self._name} closed"
         connection = None
         beside = [asyncio.ensure_future(self._watch())]
         try:
-            connection, ready = await meet(self.address, self._identity, self._resolver)
+            connection, ready = await meet()
             self._connection.set_result(connection)
             beside.append(asyncio.ensure_future(self._keep_leases()))
             await self.want_tables(ready.tables)
@@ -246,7 +266,11 @@ class _Peer:
         wanted = buffer is not None
         if buffer is None:  # cancelled or refused: the bytes are on their way all the same
             buffer = np.empty(frame.num_bytes, np.uint8)
-        await connection.receive_payload(frame, buffer)
+        broken = ""
+        try:
+            await connection.receive_payload(frame, buffer)
+        except BrokenSealError as error:
+            broken = str(error)
         self._events(
             "frame_received",
             None,
@@ -259,12 +283,14 @@ class _Peer:
         if not wanted:
             return
         assert sink is not None
-        if checksum(buffer) != frame.checksum:
+        if not broken and checksum(buffer) != frame.checksum:
+            broken = "checksum differs"
+        if broken:
             self._give_up(
                 connection,
                 sink,
                 f"{self._name}: corrupt {messages.tier_name(frame.tier)} frame at token "
-                f"{frame.first_token} (checksum differs)",
+                f"{frame.first_token} ({broken})",
             )
             return
         try:
@@ -288,7 +314,8 @@ class _Peer:
 
     async def _receive_tables(self, connection: Connection, header: messages.Tables) -> None:
         buffer = self._wanted.buffer(header)
-        await connection.receive_payload(header, buffer)
+        with contextlib.suppress(BrokenSealError):  # all zeros: not the tables that were announced
+            await connection.receive_payload(header, buffer)
         task = asyncio.ensure_future(self._keep_tables(connection, header, buffer))
         self._keeping.add(task)
         task.add_done_callback(self._keeping.discard)

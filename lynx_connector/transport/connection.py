@@ -9,6 +9,7 @@ import xxhash
 
 from lynx_connector.errors import LynxError, ProtocolError
 from lynx_connector.transport.data_path import DataPath
+from lynx_connector.transport.seal import OVERHEAD_BYTES
 from lynx_connector.transport.stream import MessageStream
 from lynx_connector.wire import messages
 
@@ -25,8 +26,9 @@ def checksum(payload: Any) -> int:
 class Connection:
     """Ordered control messages, each `Frame` and `Tables` with its payload.
 
-    Messages go over the socket, payloads over UCX, in the order of their headers. The socket alone
-    says whether the peer lives; when it ends, so does what UCX has under way.
+    Messages go over the socket, payloads over UCX, in the order of their headers. With a secret
+    messages are sealed, and payloads where one side wants it. The socket alone says whether the
+    peer lives; when it ends, so does what UCX has under way.
     """
 
     def __init__(self, stream: MessageStream, path: DataPath):
@@ -64,6 +66,9 @@ class Connection:
             await self._stream.drain()
             return
         # Nothing suspends between a header and the posting of its payload.
+        seals = self._stream.seals
+        if seals is not None and seals.payloads:
+            payload = seals.out.seal_payload(messages.encode(message), payload)
         try:
             await self._path.send(payload)
         except asyncio.CancelledError:
@@ -94,12 +99,22 @@ class Connection:
 
         Raises:
             ConnectionError: if the peer is gone.
+            BrokenSealError: it is not what the peer sent; `buffer` is all zeros then.
         """
         if buffer.nbytes != header.num_bytes:
             raise ProtocolError(
                 f"{type(header).__name__} announces {header.num_bytes} bytes for a buffer of "
                 f"{buffer.nbytes}"
             )
+        seals = self._stream.seals
+        if seals is None or not seals.payloads:
+            await self._receive(buffer)
+            return
+        sealed = np.empty(buffer.nbytes + OVERHEAD_BYTES, np.uint8)
+        await self._receive(sealed)
+        seals.into.open_payload(messages.encode(header), sealed, buffer)
+
+    async def _receive(self, buffer: np.ndarray) -> None:
         receiving = asyncio.ensure_future(self._path.receive(buffer))
         ended = asyncio.ensure_future(self._ended.wait())
         try:

@@ -20,8 +20,13 @@ START_TIMEOUT_SECONDS = 30.0
 class TransportLoop:
     """Runs coroutines in the transport thread. Start once, stop once."""
 
-    def __init__(self, ucx_tls: str | None = None):
-        self._options = {} if ucx_tls is None or "UCX_TLS" in os.environ else {"TLS": ucx_tls}
+    def __init__(self, ucx_tls: str | None = None, data_ports: str | None = None):
+        wanted = {"TLS": ucx_tls, "TCP_PORT_RANGE": data_ports}
+        self._options = {
+            name: value
+            for name, value in wanted.items()
+            if value is not None and f"UCX_{name}" not in os.environ
+        }
         self._started: Future[asyncio.AbstractEventLoop] = Future()
         self._thread = threading.Thread(target=self._main, name="lynx-transport", daemon=True)
 

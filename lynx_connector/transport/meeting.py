@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a consumer's worker comes to a connection with a producer's.
 
+All but the first three messages are sealed where there is a secret.
+
 consumer                    producer
 Hello            ->                        over the socket
                  <-         Welcome
@@ -13,6 +15,7 @@ knock            ->                        over UCX
 """
 
 import asyncio
+from dataclasses import dataclass
 
 from lynx_connector.errors import LynxError, ProtocolError, TransferError
 from lynx_connector.transport.address import Resolver, open_socket, printable
@@ -31,30 +34,56 @@ JOIN_SECONDS = 10.0
 """How long UCX may take to connect them."""
 
 
+@dataclass(frozen=True)
+class Patience:
+    """How long a consumer waits at most in each phase, in seconds."""
+
+    seconds: float = float("inf")
+
+    @property
+    def connect(self) -> float:
+        return min(self.seconds, CONNECT_SECONDS)
+
+    @property
+    def greeting(self) -> float:
+        return min(self.seconds, GREETING_SECONDS)
+
+
+class DeafPeerError(TransferError):
+    """Nobody answered in time."""
+
+
 async def meet(
-    address: Address, identity: Identity, resolver: Resolver
+    address: Address, identity: Identity, resolver: Resolver, patience: Patience = Patience()
 ) -> tuple[Connection, messages.Ready]:
     """The consumer's half; returns what the producer said of itself, too.
 
     Raises:
+        DeafPeerError: the address or its process does not answer.
         TransferError: naming the address and the cause.
     """
     host, port = address
     where = printable(host, port)
     try:
         addresses = await resolver.resolve(host)
-        reader, writer = await open_socket(addresses, port, CONNECT_SECONDS, READ_AHEAD_BYTES)
+        reader, writer = await open_socket(addresses, port, patience.connect, READ_AHEAD_BYTES)
+    except TimeoutError:
+        raise DeafPeerError(
+            f"cannot connect to {where}: no answer within {patience.connect:g} s"
+        ) from None
     except (OSError, TransferError) as error:
-        raise TransferError(f"cannot connect to {where}: {error or 'timed out'}") from None
+        raise TransferError(f"cannot connect to {where}: {error}") from None
     stream = MessageStream(reader, writer, where)
     try:
-        async with asyncio.timeout(GREETING_SECONDS):
+        async with asyncio.timeout(patience.greeting):
             await greet(stream, identity)
             ready = await expect(stream, messages.Ready)
         return await _join(stream, ready), ready
     except TimeoutError:
         stream.abort()
-        raise TransferError(f"{where}: handshake timed out") from None
+        raise DeafPeerError(
+            f"{where}: handshake timed out: no answer within {patience.greeting:g} s"
+        ) from None
     except (LynxError, ConnectionError) as error:
         stream.abort()
         raise TransferError(f"{where}: {error}") from None

@@ -7,6 +7,7 @@ import socket
 from typing import TypeVar
 
 from lynx_connector.errors import ProtocolError
+from lynx_connector.transport.seal import OVERHEAD_BYTES, Seals
 from lynx_connector.wire import messages
 
 M = TypeVar("M", bound=messages.Message)
@@ -33,11 +34,17 @@ class MessageStream:
         self.peer = peer
         """How logs and causes call the other side."""
         self._limit = messages.GREETING_BYTES
+        self.seals: Seals | None = None
+        """What messages are sealed with, once both sides have proved a secret."""
         _tune(writer.get_extra_info("socket"))
 
     def trust(self) -> None:
         """The peer has proved who it is: its messages may be larger than a greeting."""
-        self._limit = messages.MESSAGE_BYTES
+        self._limit = messages.MESSAGE_BYTES + OVERHEAD_BYTES
+
+    def seal(self, seals: Seals) -> None:
+        """Seal all further messages, and expect sealed ones."""
+        self.seals = seals
 
     def write(self, message: messages.Message) -> None:
         """Queue one message; that the peer is gone is for `read` to find out.
@@ -50,6 +57,8 @@ class MessageStream:
         if self._writer.transport.get_write_buffer_size() > UNSENT_BYTES:
             self.abort()
             raise ConnectionError(f"connection to {self.peer} lost: it does not read")
+        if self.seals is not None:
+            body = self.seals.out.seal_message(body)
         self._writer.write(messages.prefix(len(body)) + body)
 
     async def drain(self) -> None:
@@ -68,7 +77,7 @@ class MessageStream:
 
         Raises:
             ConnectionError: the peer is gone.
-            ProtocolError: it sent something else.
+            ProtocolError: it sent something else; BrokenSealError: or somebody between did.
         """
         try:
             prefix = await self._reader.readexactly(messages.PREFIX.size)
@@ -78,6 +87,8 @@ class MessageStream:
             raise ConnectionError(f"connection to {self.peer} closed {how}") from None
         except OSError as error:
             raise self._lost(error) from None
+        if self.seals is not None:
+            body = self.seals.into.open_message(body)
         return messages.decode(body)
 
     def _lost(self, error: OSError) -> ConnectionError:

