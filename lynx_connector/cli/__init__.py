@@ -75,12 +75,15 @@ def doctor(
         str | None,
         typer.Option(metavar="HOST:PORT", help="Also check that this prefill's Lynx port answers."),
     ] = None,
+    secret_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The peer's secret_file, if it has one.")
+    ] = None,
     json_output: Annotated[bool, typer.Option("--json", help="JSON instead of lines.")] = False,
 ) -> None:
     """Check this machine: versions, UCX, memory, ports, and a peer. Exit status 1 if one fails."""
     from lynx_connector.cli.run_doctor import run
 
-    run(peer, json_output)
+    run(peer, secret_file, json_output)
 
 
 @app.command()

@@ -26,7 +26,6 @@ DEFAULT_SERVE_PORT = 8000
 _NEEDED_MEMORY_GIB = 4
 _NEEDED_SHM_MIB = 64
 _PROBE_SECONDS = 120
-_PEER_SECONDS = 15
 
 
 class Status(StrEnum):
@@ -95,7 +94,7 @@ def imports() -> Iterator[Check]:
     """PyTorch, transformers (torchvision of another build breaks it) and Lynx's plugin."""
     code = "import torch; print(torch.__version__, torch.version.cuda or 'without CUDA')"
     yield _import_check("torch", code, "reinstall vLLM: it pins its PyTorch")
-    broken = _run_python("import torchvision") if _version("torchvision") else None
+    broken = run_python("-c", "import torchvision") if _version("torchvision") else None
     if broken is not None and broken.returncode:
         yield Check(
             "torchvision",
@@ -161,10 +160,10 @@ def memory() -> Iterator[Check]:
 
 def ucx() -> Iterator[Check]:
     """UCX starts, its transports and network devices, and a message over loopback."""
-    done = _run_python(_UCX_PROBE)
+    done = run_python("-c", _UCX_PROBE)
     if done.returncode:
         remedy = "reinstall the ucxx extra that fits this machine ([cpu], [cu12], [cu13])"
-        yield Check("ucx", Status.BAD, _last_line(done.stderr), remedy)
+        yield Check("ucx", Status.BAD, last_line(done.stderr), remedy)
         return
     found = json.loads(done.stdout.splitlines()[-1])
     transports = ", ".join(found["transports"])
@@ -203,30 +202,6 @@ def network_tools() -> Iterator[Check]:
         yield Check("namespaces", Status.NOTE, obstacle, remedy)
 
 
-def peer(address: str) -> Iterator[Check]:
-    """A prefill's Lynx port: TCP, then UCX and Lynx's greeting."""
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal():
-        yield Check("peer", Status.BAD, f"{address!r} is not HOST:PORT", "e.g. 10.0.0.1:7600")
-        return
-    try:
-        socket.create_connection((host, int(port)), timeout=5).close()
-    except OSError as error:
-        remedy = (
-            "is the prefill running with this listen_port, and does a firewall let it through? "
-            "Its log names the port"
-        )
-        yield Check("peer tcp", Status.BAD, f"{address}: {error}", remedy)
-        return
-    yield good("peer tcp", f"{address} accepts connections")
-    done = _run_python(_PEER_PROBE, host, port, timeout=_PEER_SECONDS)
-    if done.returncode:
-        remedy = "both sides need a common UCX transport: compare `lynx doctor` on both"
-        yield Check("peer ucx", Status.BAD, _last_line(done.stderr), remedy)
-    else:
-        yield good("peer ucx", done.stdout.strip().splitlines()[-1])
-
-
 _UCX_PROBE = """
 import asyncio, json, re
 import ucxx
@@ -260,39 +235,20 @@ asyncio.run(main())
 import os; os._exit(0)
 """
 
-_PEER_PROBE = """
-import asyncio, os, sys
-import ucxx
-from lynx_connector import __version__
-from lynx_connector.wire import messages
-from lynx_connector.transport.connection import Connection
-async def main(host, port):
-    ucxx.init(progress_mode="thread", enable_python_future=True)
-    endpoint = await ucxx.create_endpoint(host, port)
-    connection = Connection(endpoint, f"{host}:{port}")
-    version = messages.PROTOCOL_VERSION
-    hello = messages.Hello(version, __version__, "doctor", "lynx doctor", b"0" * 32)
-    await connection.send(hello)
-    answer = await connection.receive()
-    # Refused is the right answer: a doctor serves no model.
-    print(f"a Lynx producer answers over UCX: {type(answer).__name__}", flush=True)
-asyncio.run(main(sys.argv[1], int(sys.argv[2])))
-os._exit(0)
-"""
-
 
 def _import_check(name: str, code: str, remedy: str) -> Check:
-    done = _run_python(code)
+    done = run_python("-c", code)
     if done.returncode:
-        return Check(name, Status.BAD, f"does not import: {_last_line(done.stderr)}", remedy)
+        return Check(name, Status.BAD, f"does not import: {last_line(done.stderr)}", remedy)
     return good(name, done.stdout.strip().splitlines()[-1])
 
 
-def _run_python(
-    code: str, *arguments: str, timeout: float = _PROBE_SECONDS
+def run_python(
+    *arguments: str, timeout: float = _PROBE_SECONDS
 ) -> subprocess.CompletedProcess[str]:
+    """Run this Python in a process of its own."""
     environment = {**os.environ, "UCX_WARN_UNUSED_ENV_VARS": "n"}
-    command = [sys.executable, "-c", code, *arguments]
+    command = [sys.executable, *arguments]
     try:
         return subprocess.run(
             command, capture_output=True, text=True, timeout=timeout, env=environment, check=False
@@ -326,6 +282,7 @@ def _cpu_flags() -> set[str]:
     return next((set(line.split()) for line in lines if line.startswith("flags")), set())
 
 
-def _last_line(text: str) -> str:
+def last_line(text: str) -> str:
+    """What a program said last, its error as a rule."""
     lines = text.strip().splitlines()
     return lines[-1] if lines else "no output"

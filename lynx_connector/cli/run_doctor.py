@@ -6,12 +6,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
+from pathlib import Path
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
-from lynx_connector.cli import checks
+from lynx_connector.cli import checks, peer_check
 from lynx_connector.cli.checks import Check, Status
 
 _MARKS = {
@@ -21,7 +22,7 @@ _MARKS = {
 }
 
 
-def run(peer: str | None, as_json: bool) -> None:
+def run(peer: str | None, secret_file: Path | None, as_json: bool) -> None:
     """Print the checks; exit status 1 where one is bad."""
     probes: list[Callable[[], Iterable[Check]]] = [
         checks.python_version,
@@ -34,7 +35,7 @@ def run(peer: str | None, as_json: bool) -> None:
         checks.network_tools,
     ]
     if peer is not None:
-        probes.append(lambda: checks.peer(peer))
+        probes.append(lambda: peer_check.peer(peer, secret_file))
     console = Console()
     found: list[Check] = []
     for probe in probes:

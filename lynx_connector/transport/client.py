@@ -138,14 +138,14 @@ class TierClient:
         self._allowed.check(address[0])
         patience = Patience(PROBE_SECONDS) if address in self._deaf else Patience()
         try:
-            met = await meet(address, self._identity, self._resolver, patience)
+            connection, _, ready = await meet(address, self._identity, self._resolver, patience)
         except DeafPeerError:
             self._deaf[address] = None
             if len(self._deaf) > MAX_DEAF:
                 del self._deaf[next(iter(self._deaf))]
             raise
         self._deaf.pop(address, None)
-        return met
+        return connection, ready
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = asyncio.ensure_future(coroutine)

@@ -55,7 +55,7 @@ class DeafPeerError(TransferError):
 
 async def meet(
     address: Address, identity: Identity, resolver: Resolver, patience: Patience = Patience()
-) -> tuple[Connection, messages.Ready]:
+) -> tuple[Connection, messages.Welcome, messages.Ready]:
     """The consumer's half; returns what the producer said of itself, too.
 
     Raises:
@@ -76,9 +76,9 @@ async def meet(
     stream = MessageStream(reader, writer, where)
     try:
         async with asyncio.timeout(patience.greeting):
-            await greet(stream, identity)
+            welcomed = await greet(stream, identity)
             ready = await expect(stream, messages.Ready)
-        return await _join(stream, ready), ready
+        return await _join(stream, ready), welcomed, ready
     except TimeoutError:
         stream.abort()
         raise DeafPeerError(

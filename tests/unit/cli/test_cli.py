@@ -129,19 +129,6 @@ def test_vllm_of_another_version_is_bad(monkeypatch, version, cpu_version, statu
     assert (found.remedy is None) == (status == "good")
 
 
-@pytest.mark.parametrize("address", ["7600", "host:", "host:port"])
-def test_a_malformed_peer_is_named(address):
-    (found,) = checks.peer(address)
-    assert found.status is Status.BAD
-    assert "HOST:PORT" in found.text
-
-
-def test_a_peer_that_does_not_listen_is_bad():
-    (found,) = checks.peer("127.0.0.1:9")
-    assert (found.name, found.status) == ("peer tcp", Status.BAD)
-    assert "listen_port" in found.remedy
-
-
 def test_ucx_probe_reports_transports_and_loopback():
     found = {check.name: check for check in checks.ucx()}
     assert found["ucx"].status is Status.GOOD

@@ -46,11 +46,14 @@ class Pair:
         producer=None,
         listen_host="",
         port=0,
+        data_ports="",
     ):
         self.loop = loop
         identity = Identity("compat", "engine/0")
         self.store = StagingStore(limit, lease, NO_EVENTS)
-        self.server = TierServer(self.store, producer or identity, NO_EVENTS, 4096, link_mbit)
+        self.server = TierServer(
+            self.store, producer or identity, NO_EVENTS, 4096, link_mbit, data_ports=data_ports
+        )
         loop.run(self.server.start(port, listen_host))
         self.client = TierClient(consumer or identity, 3.0, NoTablesNeeded())
         self.codec, self.exact = get_codec("hadamard", GEOMETRY), get_codec("bf16", GEOMETRY)
