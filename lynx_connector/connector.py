@@ -99,7 +99,9 @@ class LynxConnector(KVConnectorBase_V1):
             if self._config.bootstrap_port:
                 # An engine for each data parallel rank, on consecutive ports.
                 port = self._config.bootstrap_port + vllm_config.parallel_config.data_parallel_index
-                self._bootstrap = BootstrapServer(port, transfer.engine_id)
+                self._bootstrap = BootstrapServer(
+                    port, transfer.engine_id, self._config.listens_on()
+                )
             self._producer = ProducerScheduler(
                 self._config,
                 transfer.engine_id,

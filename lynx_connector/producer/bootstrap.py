@@ -15,14 +15,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import socket
 import threading
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from lynx_connector.errors import ConfigError
+from lynx_connector.errors import ConfigError, TransferError
+from lynx_connector.transport.ports import listen
 from lynx_connector.wire.handoff import BootstrapAnswer
 
 if TYPE_CHECKING:
@@ -43,20 +43,20 @@ class BootstrapServer:
     Args:
         port: TCP port; 0 takes any free one.
         engine_id: vLLM's id of this engine.
+        host: whose interfaces it listens on; empty: all.
 
     Raises:
-        ConfigError: if the port is taken.
+        ConfigError: if the port stays taken, or the host is not this one's.
     """
 
-    def __init__(self, port: int, engine_id: str):
+    def __init__(self, port: int, engine_id: str, host: str = ""):
         try:
-            self._socket = socket.create_server(("", port))
-        except OSError as error:
+            self._sockets = asyncio.run(listen(host, port))
+        except TransferError as error:
             raise ConfigError(
-                f"kv_connector_extra_config.bootstrap_port = {port}: cannot listen: "
-                f"{error.strerror}; choose another port"
+                f"kv_connector_extra_config.bootstrap_port = {port}: {error}"
             ) from None
-        self.port = self._socket.getsockname()[1]
+        self.port = self._sockets[0].getsockname()[1]
         self._engine_id = engine_id
         self._addresses: list[str] = []
         self._answers: OrderedDict[str, BootstrapAnswer] = OrderedDict()
@@ -97,7 +97,8 @@ class BootstrapServer:
         """Close the port; waiting clients lose their connection."""
         self._server.should_exit = self._server.force_exit = True
         self._thread.join(timeout=5.0)
-        self._socket.close()
+        for sock in self._sockets:
+            sock.close()
 
     # ---- server thread ----------------------------------------------------------------------
 
@@ -109,6 +110,8 @@ class BootstrapServer:
         from starlette.applications import Starlette
         from starlette.routing import Route
 
+        from lynx_connector.producer.bounded_http import MAX_CONNECTIONS, BoundedProtocol
+
         self._loop = asyncio.get_running_loop()
         self._changed = asyncio.Event()
         app = Starlette(
@@ -117,10 +120,17 @@ class BootstrapServer:
                 Route("/lynx/transfer", self._transfer),
             ]
         )
-        config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off")
+        config = uvicorn.Config(
+            app,
+            http=BoundedProtocol,
+            limit_concurrency=MAX_CONNECTIONS,
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+        )
         self._server = uvicorn.Server(config)
         self._ready.set()
-        await self._server.serve(sockets=[self._socket])
+        await self._server.serve(sockets=self._sockets)
 
     def _wake(self) -> None:
         self._changed.set()

@@ -39,7 +39,7 @@ async def listen(host: str, port: int) -> list[socket.socket]:
                 ) from None
             if loop.time() > deadline:
                 raise TransferError(
-                    f"cannot listen on {where}: {error.strerror}; choose another listen_port"
+                    f"cannot listen on {where}: {error.strerror}; choose another port"
                 ) from None
             if not waiting:
                 waiting = True

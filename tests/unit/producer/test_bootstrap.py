@@ -16,6 +16,7 @@ from lynx_connector.errors import ConfigError, TransferError
 from lynx_connector.plan.planner import Planner
 from lynx_connector.producer.bootstrap import MAX_REMEMBERED, BootstrapServer
 from lynx_connector.producer.scheduler import ProducerScheduler
+from lynx_connector.transport import ports
 from lynx_connector.wire.handoff import MooncakeLeg
 from tests.unit.objects import (
     BLOCK,
@@ -254,7 +255,8 @@ def test_malformed_bootstrap_address(server, consumer, address):
     assert "remote_bootstrap_addr" in cause_of(consumer)
 
 
-def test_port_in_use_is_named(server):
+def test_port_in_use_is_named(server, monkeypatch):
+    monkeypatch.setattr(ports, "PORT_SECONDS", 0.2)
     with pytest.raises(ConfigError, match=f"bootstrap_port = {server.port}"):
         BootstrapServer(server.port, "engine")
 

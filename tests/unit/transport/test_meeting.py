@@ -185,7 +185,7 @@ def test_a_port_that_stays_taken_is_an_error_that_names_it(loop, monkeypatch):
     monkeypatch.setattr(ports, "PORT_SECONDS", 0.2)
     with socket.create_server(("", 0)) as holder:
         port = holder.getsockname()[1]
-        with pytest.raises(TransferError, match=rf"{port}.*another listen_port"):
+        with pytest.raises(TransferError, match=rf"{port}.*another port"):
             loop.run(listen("", port))
 
 
