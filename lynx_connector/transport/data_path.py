@@ -64,6 +64,10 @@ class DataPath:
         """
         import ucxx
 
+        # UCX 1.21 aborts the process on an address of a version that it does not know, and raises
+        # on all else that is malformed (address.c, ucp_address_unpack: the first byte's low half).
+        if not address or (address[0] ^ worker_address()[0]) & 0x0F:
+            raise ConnectionError("the peer's UCX worker address is malformed, or of another UCX")
         try:
             found = ucxx.get_ucx_address_from_buffer(address)
             endpoint = await ucxx.create_endpoint_from_worker_address(found)
