@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How long a late anchor waits behind queued residuals on a link of limited rate.
 
-    python benchmarks/bench_link.py [--mbit 100 200] [--probes 15]
+    python benchmarks/bench_link.py [--mbit 100 200] [--probes 15] [--encrypt]
 
 A producer (staging and server, no model) and a consumer, each in a network namespace of its own
 (as root; else loopback with the sender's own limit). While the residuals of long transfers fill the
@@ -34,9 +34,11 @@ from lynx_connector.transport.handshake import Identity
 from lynx_connector.transport.loop import TransportLoop
 from lynx_connector.transport.server import TierServer
 from lynx_connector.wire import messages
+from lynx_connector.wire.secrets import SharedSecrets
 
 GEOMETRY = KVGeometry(num_layers=30, num_kv_heads=3, head_dim=64, dtype="bfloat16")
 IDENTITY = Identity("bench", "bench/0")
+SEALED = Identity("bench", "bench/0", SharedSecrets(values=(b"not a secret: a benchmark",)), True)
 NO_EVENTS = EventLog(None, "bench")
 BULK_TOKENS, LATE_TOKENS = 2048, 48
 BULKS = 64
@@ -44,7 +46,7 @@ LATES = 200
 TIMEOUT = 120.0
 
 
-def produce(frame_bytes: int, mbit: float) -> None:
+def produce(identity: Identity, frame_bytes: int, mbit: float) -> None:
     """Serve bulk-0..., late-0... until standard input ends; the port goes to standard output."""
     loop = TransportLoop("tcp,self")
     loop.start()
@@ -62,7 +64,7 @@ def produce(frame_bytes: int, mbit: float) -> None:
                 rows[:] = 1
         shared[tokens] = buffers
         store.advance(transfer, tokens)
-    server = TierServer(store, IDENTITY, NO_EVENTS, frame_bytes, mbit)
+    server = TierServer(store, identity, NO_EVENTS, frame_bytes, mbit)
     loop.run(server.start(0))
     print(server.port, flush=True)
     sys.stdin.read()
@@ -120,11 +122,11 @@ def until(condition: Callable[[], object]) -> None:
 class Consumer:
     """Two connections to one producer."""
 
-    def __init__(self, host: str, port: int):
+    def __init__(self, identity: Identity, host: str, port: int):
         self.loop = TransportLoop("tcp,self")
         self.loop.start()
         self.address = (host, port)
-        self.clients = [TierClient(IDENTITY, TIMEOUT, NoTables()) for _ in range(2)]
+        self.clients = [TierClient(identity, TIMEOUT, NoTables()) for _ in range(2)]
         self.late = 0
 
     def fetch(self, client: int, name: str, tokens: int) -> Arrivals:
@@ -144,9 +146,9 @@ class Consumer:
         return 1e3 * (sink.frames[0][0] - started), 1e3 * (sink.anchored_at - started)
 
 
-def consume(host: str, port: int, probes: int) -> dict:
+def consume(identity: Identity, host: str, port: int, probes: int) -> dict:
     """Run all probes; one dict for a link."""
-    consumer = Consumer(host, port)
+    consumer = Consumer(identity, host, port)
     rows: dict[str, list[tuple[float, float]]] = {}
     for client in (0, 1):
         consumer.probe(client, idle=True)  # connects
@@ -174,8 +176,10 @@ def consume(host: str, port: int, probes: int) -> dict:
     return {"rows": rows, "mbit": sent * 8e-6 / seconds, "frames": len(full.frames)}
 
 
-def measure(mbit: float, frame_bytes: int, probes: int) -> None:
+def measure(mbit: float, frame_bytes: int, probes: int, encrypt: bool) -> None:
     here = [sys.executable, __file__, "--frame-bytes", str(frame_bytes)]
+    if encrypt:
+        here.append("--encrypt")
     with open_link(mbit) as link:
         environment = os.environ | {"UCX_WARN_UNUSED_ENV_VARS": "n"}
         producing = subprocess.Popen(
@@ -219,14 +223,16 @@ def main() -> None:
     parser.add_argument("--role", choices=["all", "producer", "consumer"], default="all")
     parser.add_argument("--host")
     parser.add_argument("--port", type=int)
+    parser.add_argument("--encrypt", action="store_true")
     args = parser.parse_args()
+    identity = SEALED if args.encrypt else IDENTITY
     if args.role == "producer":
-        produce(args.frame_bytes, args.mbit[0])
+        produce(identity, args.frame_bytes, args.mbit[0])
     elif args.role == "consumer":
-        print(json.dumps(consume(args.host, args.port, args.probes)))
+        print(json.dumps(consume(identity, args.host, args.port, args.probes)))
     else:
         for mbit in args.mbit:
-            measure(mbit, args.frame_bytes, args.probes)
+            measure(mbit, args.frame_bytes, args.probes, args.encrypt)
 
 
 if __name__ == "__main__":
