@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from lynx_connector.config import LynxConfig
 from lynx_connector.consumer.admission import Admission, OtherPromptError
 from lynx_connector.consumer.bootstrap import BootstrapClient
+from lynx_connector.consumer.siblings import Role, Siblings
 from lynx_connector.engine.metadata import (
     HoldRequest,
     LoadRequest,
@@ -36,9 +37,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("vllm.lynx.consumer")
 
-CLAIM_SECONDS = 2.0
-"""How long a handoff of another prompt waits for the one of a list that it belongs to."""
-
 
 @dataclass
 class _Decode:
@@ -49,15 +47,10 @@ class _Decode:
     speculative: bool = False
     resolving: Future[dict[str, Any]] | None = None
     """The handoff, on its way from the prefill's bootstrap server."""
-    routed_as: str | None = None
-    """The router's name of the transfer, in Mooncake's shape."""
     allocated: bool = False
     """The load's blocks are allocated: the worker owns the transfer now."""
     arrived: bool = False
     """Its load has landed, or failed."""
-    behind: str | None = None
-    """The request of the same client that loads the same prompt: this one finds it in the prefix
-    cache."""
     ended: bool = False
     """No tokens are offered any more: loaded, failed, cancelled or not needed."""
     refined_ranks: int = 0
@@ -70,6 +63,11 @@ class _Decode:
     @property
     def transfer_id(self) -> str | None:
         return self.handoff.transfer_id if self.handoff else None
+
+    @property
+    def coming(self) -> bool:
+        """Whether its KV is still to be here."""
+        return not self.arrived and not (self.ended and not self.allocated)
 
 
 class ConsumerScheduler:
@@ -98,9 +96,7 @@ class ConsumerScheduler:
         self._steps = StepMeter()
         self._bootstrap = BootstrapClient(config.bootstrap_wait_seconds)
         self._waiting = WaitingRoom(waiting_tokens)
-        self._unclaimed: dict[str, tuple[Handoff, float]] = {}
-        """Handoffs of another prompt than the request's that came with them, and since when: of a
-        list of prompts, another one may need them."""
+        self._siblings = Siblings()
         self._orphans: list[Future[dict[str, Any]]] = []
         """Ended before their handoff was known: what the prefill holds is to be given back."""
         self._decodes: dict[str, _Decode] = {}
@@ -124,10 +120,8 @@ class ConsumerScheduler:
             leg = parse_mooncake_leg(params)
             if leg is None:
                 self._settle(request, decode, params)
-            elif user := self._user_of(leg.transfer_id):
-                self._share(request, decode, user)
-            else:
-                decode.routed_as = leg.transfer_id
+            elif self._loads_itself(request.request_id, decode, leg.transfer_id):
+                self._siblings.claim(request.request_id, leg.transfer_id)
                 decode.resolving = self._bootstrap.resolve(leg)
         except ProtocolError as error:
             decode.failure = str(error)
@@ -139,16 +133,15 @@ class ConsumerScheduler:
             ProtocolError: it cannot be read.
         """
         handoff = parse_handoff(params)
-        if user := self._user_of(handoff.transfer_id):
-            self._share(request, decode, user)
+        if not self._loads_itself(request.request_id, decode, handoff.transfer_id):
             return
         try:
             obstacle = self._admission.obstacle(request, handoff)
         except OtherPromptError as error:
-            self._unclaimed[handoff.transfer_id] = handoff, time.monotonic()
+            self._siblings.offer(handoff)
             self._compute_here(request.request_id, decode, str(error), handoff)
             return
-        self._unclaimed.pop(handoff.transfer_id, None)
+        self._siblings.claim(request.request_id, handoff.transfer_id)
         decode.handoff = handoff
         decode.failure = obstacle
         if decode.failure is None:
@@ -159,26 +152,19 @@ class ConsumerScheduler:
         if decode.failure is None and self._admission.may_emit(request, handoff):
             decode.params = request.sampling_params
 
-    def _user_of(self, transfer_id: str) -> str | None:
-        for name, one in self._decodes.items():
-            if transfer_id in (one.transfer_id, one.routed_as):
-                return name
-        return None
+    def _loads_itself(self, request_id: str, decode: _Decode, transfer_id: str) -> bool:
+        """False for a request that another one of its client loads for, or instead of.
 
-    def _share(self, request: "Request", decode: _Decode, user: str) -> None:
-        """A second request brings the same transfer. Those of one client (n > 1, a list of prompts)
-        are computed here, where they share its prompt from the prefix cache; others are an error.
+        It does without the handoff then, so that giving up does not take it from its user.
 
-        Without the handoff, so that giving up does not take it from its first user.
+        Raises:
+            ProtocolError: another client's request loads the transfer.
         """
-        ours, theirs = member(request.request_id), member(user)
-        if ours.family != theirs.family:
-            decode.failure = f"transfer is already used by request {user}"
-        elif ours.prompt == theirs.prompt:
-            decode.behind = user
-        else:
+        role = self._siblings.role(request_id, transfer_id)
+        if role is Role.COMPUTES:
             decode.ended = True
-            self._events("not_loaded", request.request_id, None, start="local")
+            self._events("not_loaded", request_id, None, start="local")
+        return role is Role.LOADS
 
     def _compute_here(self, request_id: str, decode: _Decode, cause: str, handoff: Handoff) -> None:
         """Nothing is lost: whatever the policy says of failed transfers."""
@@ -192,11 +178,6 @@ class ConsumerScheduler:
         )
         self._events("not_loaded", request_id, handoff.transfer_id, start="recompute")
 
-    def _waits_behind(self, decode: _Decode) -> bool:
-        """Whether the request that it shares a prompt with is still about to bring it."""
-        first = self._decodes.get(decode.behind or "")
-        return first is not None and not first.arrived and not (first.ended and not first.allocated)
-
     def match(self, request: "Request", num_computed_tokens: int) -> tuple[int | None, bool]:
         """Tokens to load beyond the local prefix cache, and whether asynchronously.
 
@@ -205,8 +186,9 @@ class ConsumerScheduler:
         decode = self._decodes.get(request.request_id)
         if decode is None or decode.ended:
             return 0, False
-        if decode.behind is not None:
-            if self._waits_behind(decode):
+        if name := self._siblings.first(request.request_id):
+            first = self._decodes.get(name)
+            if first is not None and first.coming:
                 return None, False
             decode.ended = True
             self._events("not_loaded", request.request_id, None, start="local")
@@ -319,7 +301,8 @@ class ConsumerScheduler:
         self._steps.step(scheduled)
         metadata.loads, self._loads = self._loads, []
         metadata.cancelled, self._cancelled = self._cancelled, []
-        self._give_up_unclaimed()
+        for handoff in self._siblings.unwanted():
+            self._release(handoff, "consumer has another prompt")
         for answer in [answer for answer in self._orphans if answer.done()]:
             self._orphans.remove(answer)
             self._give_back(answer)
@@ -336,13 +319,7 @@ class ConsumerScheduler:
     @property
     def has_orphans(self) -> bool:
         """Whether `fill` has to be called again though no request is left."""
-        return bool(self._orphans or self._unclaimed)
-
-    def _give_up_unclaimed(self) -> None:
-        now = time.monotonic()
-        late = [name for name, (_, since) in self._unclaimed.items() if now - since > CLAIM_SECONDS]
-        for name in late:
-            self._release(self._unclaimed.pop(name)[0], "consumer has another prompt")
+        return bool(self._orphans) or self._siblings.has_offers
 
     def stop(self) -> None:
         """End the thread that asks bootstrap servers."""
@@ -377,6 +354,7 @@ class ConsumerScheduler:
         if decode is None:
             return False, None
         self._waiting.leave(request.request_id)
+        self._siblings.leave(request.request_id)
         self._events(
             "finished",
             request.request_id,

@@ -107,7 +107,7 @@ def test_of_a_list_of_prompts_the_first_loads_and_the_others_are_computed(recomp
 def test_another_prompt_is_computed_here_whatever_the_policy(
     recompute, lynx, cause, monkeypatch, caplog
 ):
-    monkeypatch.setattr("lynx_connector.consumer.scheduler.CLAIM_SECONDS", -1)
+    monkeypatch.setattr("lynx_connector.consumer.siblings.CLAIM_SECONDS", -1)
     half, one = consumer(recompute=recompute), request(params=handoff(**lynx))
     half.add(one)
     count, _, metadata = admit(half, one)
