@@ -73,4 +73,4 @@ def test_replies_that_are_kept_are_bounded(monkeypatch):
         one = leg(half, f"0_chatcmpl-{number}-0123abcd")
         run(half, one)
         half.finish(one)
-    assert len(half._shared) == 2
+    assert len(half._siblings._replies) == 2
