@@ -96,7 +96,7 @@ class _Exchange:
         if not isinstance(params, dict):
             return
         self._followed = True
-        transfer = self._scope["app"].state.vllm_config.kv_transfer_config
+        transfer = _transfer_config(self._scope)
         if transfer is None or transfer.kv_load_failure_policy == "recompute":
             return  # computed there, whatever the handoff is
         role = CONSUMER if params.get("do_remote_prefill") else PRODUCER
@@ -145,7 +145,7 @@ class _Exchange:
         elif self._streams and body.startswith(_ERROR_CHUNK):
             first, end, rest = body.partition(b"\n\n")
             changed = await self._explained(first.removeprefix(b"data: "))
-            await self._send(message | {"body": b"data: " + changed + end + rest})
+            await self._send({**message, "body": b"data: " + changed + end + rest})
         else:
             await self._send(message)
 
@@ -159,7 +159,7 @@ class _Exchange:
             body = await self._explained(body)
         headers = [(k, v) for k, v in start["headers"] if k.lower() != b"content-length"]
         headers.append((b"content-length", str(len(body)).encode()))
-        await self._send(start | {"headers": headers})
+        await self._send({**start, "headers": headers})
         await self._send({"type": "http.response.body", "body": body})
 
     async def _explained(self, body: bytes) -> bytes:
@@ -176,6 +176,13 @@ class _Exchange:
             return body
         answer["error"]["message"] = sentence
         return json.dumps(answer).encode()
+
+
+def _transfer_config(scope: Scope) -> KVTransferConfig | None:
+    """vLLM's, where Lynx alone reads the parameters; what others accept is not ours to refuse."""
+    state = getattr(scope.get("app"), "state", None)
+    transfer = getattr(getattr(state, "vllm_config", None), "kv_transfer_config", None)
+    return transfer if transfer is not None and transfer.kv_connector == "LynxConnector" else None
 
 
 def _check(params: dict[str, Any], transfer: KVTransferConfig) -> None:

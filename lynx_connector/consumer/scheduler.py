@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from lynx_connector.config import LynxConfig
 from lynx_connector.consumer.admission import Admission, OtherPromptError
 from lynx_connector.consumer.bootstrap import BootstrapClient
-from lynx_connector.consumer.siblings import Role, Siblings
+from lynx_connector.consumer.siblings import Siblings
 from lynx_connector.engine.metadata import (
     HoldRequest,
     LoadRequest,
@@ -23,12 +23,18 @@ from lynx_connector.engine.metadata import (
     ReleaseRequest,
 )
 from lynx_connector.engine.requests import member
-from lynx_connector.errors import LynxError, ProtocolError, shown
+from lynx_connector.errors import LynxError, MalformedError, ProtocolError, shown
 from lynx_connector.plan.meters import StepMeter
 from lynx_connector.scheduler import first_token
 from lynx_connector.telemetry.events import EventLog
+from lynx_connector.telemetry.failures import explain
 from lynx_connector.tiers.waiting import WaitingRoom
-from lynx_connector.wire.handoff import Handoff, parse_handoff, parse_mooncake_leg
+from lynx_connector.wire.handoff import (
+    Handoff,
+    parse_handoff,
+    parse_mooncake_leg,
+    whereabouts,
+)
 
 if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
@@ -47,6 +53,8 @@ class _Decode:
     speculative: bool = False
     resolving: Future[dict[str, Any]] | None = None
     """The handoff, on its way from the prefill's bootstrap server."""
+    asked: bool = False
+    """Its handoff comes from there: the decode leg had Mooncake's shape."""
     allocated: bool = False
     """The load's blocks are allocated: the worker owns the transfer now."""
     arrived: bool = False
@@ -116,13 +124,18 @@ class ConsumerScheduler:
         if not params or not params.get("do_remote_prefill"):
             return
         decode = self._decodes[request.request_id] = _Decode()
+        if member(request.request_id).prompt:
+            # The prefill leg's transfer is that of the first of a list of prompts.
+            self._compute_beside(request.request_id, decode)
+            return
         try:
             leg = parse_mooncake_leg(params)
             if leg is None:
                 self._settle(request, decode, params)
-            elif self._loads_itself(request.request_id, decode, leg.transfer_id):
+            elif self._siblings.loads_itself(request.request_id, leg.transfer_id):
                 self._siblings.claim(request.request_id, leg.transfer_id)
                 decode.resolving = self._bootstrap.resolve(leg)
+                decode.asked = True
         except ProtocolError as error:
             decode.failure = str(error)
 
@@ -132,13 +145,17 @@ class ConsumerScheduler:
         Raises:
             ProtocolError: it cannot be read.
         """
-        handoff = parse_handoff(params)
-        if not self._loads_itself(request.request_id, decode, handoff.transfer_id):
+        try:
+            handoff = parse_handoff(params)
+        except MalformedError:
+            self._give_back(params, "consumer cannot read its handoff")
+            raise
+        if not self._siblings.loads_itself(request.request_id, handoff.transfer_id):
             return
         try:
             obstacle = self._admission.obstacle(request, handoff)
         except OtherPromptError as error:
-            self._siblings.offer(handoff)
+            self._release(handoff, "consumer has another prompt")
             self._compute_here(request.request_id, decode, str(error), handoff)
             return
         self._siblings.claim(request.request_id, handoff.transfer_id)
@@ -152,27 +169,19 @@ class ConsumerScheduler:
         if decode.failure is None and self._admission.may_emit(request, handoff):
             decode.params = request.sampling_params
 
-    def _loads_itself(self, request_id: str, decode: _Decode, transfer_id: str) -> bool:
-        """False for a request that another one of its client loads for, or instead of.
-
-        It does without the handoff then, so that giving up does not take it from its user.
-
-        Raises:
-            ProtocolError: another client's request loads the transfer.
-        """
-        role = self._siblings.role(request_id, transfer_id)
-        if role is Role.COMPUTES:
-            decode.ended = True
-            self._events("not_loaded", request_id, None, start="local")
-        return role is Role.LOADS
+    def _compute_beside(self, request_id: str, decode: _Decode) -> None:
+        """A request needs no transfer: its client's others have one."""
+        decode.ended = True
+        self._events("not_loaded", request_id, None, start="local")
 
     def _compute_here(self, request_id: str, decode: _Decode, cause: str, handoff: Handoff) -> None:
         """Nothing is lost: whatever the policy says of failed transfers."""
         decode.ended, decode.failure = True, cause
-        if member(request_id).prompt:  # the reply of a prefill leg names the first of a list
-            self._events("not_loaded", request_id, handoff.transfer_id, start="local")
-            return
-        logger.warning("lynx: request %s: prompt is computed here: %s", request_id, cause)
+        logger.warning(
+            "lynx: request %s is computed here: %s",
+            request_id,
+            explain(cause, handoff.remote_host),
+        )
         self._events(
             "failed", request_id, handoff.transfer_id, cause=cause, peer=handoff.remote_host
         )
@@ -190,8 +199,7 @@ class ConsumerScheduler:
             first = self._decodes.get(name)
             if first is not None and first.coming:
                 return None, False
-            decode.ended = True
-            self._events("not_loaded", request.request_id, None, start="local")
+            self._compute_beside(request.request_id, decode)
             return 0, False
         count = _tokens_of(request, decode) - num_computed_tokens
         if count <= 1:
@@ -225,12 +233,9 @@ class ConsumerScheduler:
         return True
 
     def _give_up(self, request_id: str, decode: _Decode, cause: str) -> None:
-        logger.warning(
-            "lynx: request %s: KV transfer impossible, prompt is recomputed here: %s",
-            request_id,
-            cause,
-        )
-        self._events("failed", request_id, decode.transfer_id, cause=cause, peer=_host(decode))
+        peer = _host(decode) or ""
+        logger.warning("lynx: request %s is computed here: %s", request_id, explain(cause, peer))
+        self._events("failed", request_id, decode.transfer_id, cause=cause, peer=peer)
         self._events("not_loaded", request_id, decode.transfer_id, start="recompute")
         self._finish_transfer(decode, "consumer recomputes: " + cause)
 
@@ -258,6 +263,8 @@ class ConsumerScheduler:
         handoff = decode.handoff
         if handoff is not None:
             self._know_first_token(decode, handoff.lynx.first_token)
+            if decode.asked:
+                self._count_cached(request, handoff)
         self._loads.append(
             LoadRequest(
                 request_id=request_id,
@@ -289,6 +296,15 @@ class ConsumerScheduler:
         if decode.speculative:
             self._started.append(request_id)
 
+    def _count_cached(self, request: "Request", handoff: Handoff) -> None:
+        """Have `cached_tokens` of the answer's usage count what the prefill found in its cache.
+
+        vLLM reads that from the decode leg (`remote_prefill_cached_tokens`), and has read it by the
+        time a leg in Mooncake's shape is resolved.
+        """
+        if request.prefill_stats is not None:
+            request.prefill_stats.num_cached_tokens = handoff.lynx.cached_tokens
+
     def _know_first_token(self, decode: _Decode, token: int | None) -> None:
         if token is not None and decode.params and first_token.allowed(decode.params, token):
             decode.first_token = token
@@ -301,25 +317,31 @@ class ConsumerScheduler:
         self._steps.step(scheduled)
         metadata.loads, self._loads = self._loads, []
         metadata.cancelled, self._cancelled = self._cancelled, []
-        for handoff in self._siblings.unwanted():
-            self._release(handoff, "consumer has another prompt")
         for answer in [answer for answer in self._orphans if answer.done()]:
             self._orphans.remove(answer)
-            self._give_back(answer)
+            self._give_back_orphan(answer)
         metadata.holds, self._holds = self._holds, []
         metadata.releases, self._releases = self._releases, []
 
-    def _give_back(self, answer: Future[dict[str, Any]]) -> None:
+    def _give_back_orphan(self, answer: Future[dict[str, Any]]) -> None:
         """The transfer of a request that ended before its handoff was known."""
         try:
-            self._release(parse_handoff(answer.result()), "request ended before its load")
+            self._give_back(answer.result(), "request ended before its load")
         except Exception as error:
             logger.info("lynx: nothing to give back: %s", error)
+
+    def _give_back(self, params: dict[str, Any], cause: str) -> None:
+        """The transfer of a handoff that is not used, if it says enough of it."""
+        where = whereabouts(params)
+        if where is not None and not self._siblings.is_used(where.remote_request_id):
+            self._releases.append(
+                ReleaseRequest(where.remote_request_id, where.remote_host, where.lynx.ports, cause)
+            )
 
     @property
     def has_orphans(self) -> bool:
         """Whether `fill` has to be called again though no request is left."""
-        return bool(self._orphans) or self._siblings.has_offers
+        return bool(self._orphans)
 
     def stop(self) -> None:
         """End the thread that asks bootstrap servers."""

@@ -34,6 +34,7 @@ from lynx_connector.producer.room import StagingRoom
 from lynx_connector.producer.siblings import Siblings
 from lynx_connector.scheduler import first_token
 from lynx_connector.telemetry.events import EventLog
+from lynx_connector.telemetry.failures import explain
 from lynx_connector.wire.handoff import (
     TABLE_CODECS,
     Handoff,
@@ -69,6 +70,8 @@ class _Prefill:
     block_ids: list[int] = field(default_factory=list)
     submitted: int = 0
     """Tokens that the workers have been told to encode."""
+    cached: int = 0
+    """Tokens that vLLM's prefix cache had."""
     opened: bool = False
     """Whether the workers know the request, and so will report when its blocks are free."""
     plan: EncodePlan | None = None
@@ -235,7 +238,7 @@ class ProducerScheduler:
             cause = f"transfer_id {shown(repr(name))} was used before"
         except ProtocolError as error:
             cause = str(error)
-        logger.error("lynx: request %s: prefill is not handed over: %s", request_id, cause)
+        logger.error("lynx: request %s is not handed over: %s", request_id, explain(cause))
         self._events("refused", request_id, None, cause=cause)
         self._refused.append(request_id)
         return False
@@ -326,6 +329,7 @@ class ProducerScheduler:
         )
         if not prefill.opened:
             prefill.opened = True
+            prefill.cached = computed
             if self._config.early_reply:
                 self._unanswered.add(request_id)
         prefill.submitted = end
@@ -407,6 +411,7 @@ class ProducerScheduler:
                 first_token=token,
                 sampling=prefill.sampling,
                 adapter=prefill.adapter,
+                cached_tokens=prefill.cached,
             ),
         )
         params = handoff.params()
