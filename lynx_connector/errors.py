@@ -37,6 +37,10 @@ class ProtocolError(LynxError):
     """A peer sent something that this protocol version does not allow."""
 
 
+class MalformedError(ProtocolError):
+    """A client or router sent no handoff: names the field, its value and what is accepted."""
+
+
 class AuthenticationError(ProtocolError):
     """The peer does not hold the shared secret, or one side has none."""
 

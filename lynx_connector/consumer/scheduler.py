@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from lynx_connector.config import LynxConfig
 from lynx_connector.consumer.admission import Admission, OtherPromptError
 from lynx_connector.consumer.bootstrap import BootstrapClient
+from lynx_connector.consumer.siblings import Siblings
 from lynx_connector.engine.metadata import (
     HoldRequest,
     LoadRequest,
@@ -22,13 +23,19 @@ from lynx_connector.engine.metadata import (
     ReleaseRequest,
 )
 from lynx_connector.engine.requests import member
-from lynx_connector.errors import LynxError, ProtocolError, shown
+from lynx_connector.errors import LynxError, MalformedError, ProtocolError, shown
 from lynx_connector.plan.meters import StepMeter
 from lynx_connector.scheduler import first_token
 from lynx_connector.telemetry.events import EventLog
+from lynx_connector.telemetry.failures import explain
 from lynx_connector.tiers.waiting import WaitingRoom
 from lynx_connector.wire.allowed import AllowedPrefills
-from lynx_connector.wire.handoff import Handoff, parse_handoff, parse_mooncake_leg
+from lynx_connector.wire.handoff import (
+    Handoff,
+    parse_handoff,
+    parse_mooncake_leg,
+    whereabouts,
+)
 
 if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
@@ -36,9 +43,6 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 logger = logging.getLogger("vllm.lynx.consumer")
-
-CLAIM_SECONDS = 2.0
-"""How long a handoff of another prompt waits for the one of a list that it belongs to."""
 
 
 @dataclass
@@ -50,15 +54,12 @@ class _Decode:
     speculative: bool = False
     resolving: Future[dict[str, Any]] | None = None
     """The handoff, on its way from the prefill's bootstrap server."""
-    routed_as: str | None = None
-    """The router's name of the transfer, in Mooncake's shape."""
+    asked: bool = False
+    """Its handoff comes from there: the decode leg had Mooncake's shape."""
     allocated: bool = False
     """The load's blocks are allocated: the worker owns the transfer now."""
     arrived: bool = False
     """Its load has landed, or failed."""
-    behind: str | None = None
-    """The request of the same client that loads the same prompt: this one finds it in the prefix
-    cache."""
     ended: bool = False
     """No tokens are offered any more: loaded, failed, cancelled or not needed."""
     refined_ranks: int = 0
@@ -71,6 +72,11 @@ class _Decode:
     @property
     def transfer_id(self) -> str | None:
         return self.handoff.transfer_id if self.handoff else None
+
+    @property
+    def coming(self) -> bool:
+        """Whether its KV is still to be here."""
+        return not self.arrived and not (self.ended and not self.allocated)
 
 
 class ConsumerScheduler:
@@ -100,9 +106,7 @@ class ConsumerScheduler:
         self._bootstrap = BootstrapClient(config.bootstrap_wait_seconds)
         self._allowed = AllowedPrefills(config.allowed_prefills)
         self._waiting = WaitingRoom(waiting_tokens)
-        self._unclaimed: dict[str, tuple[Handoff, float]] = {}
-        """Handoffs of another prompt than the request's that came with them, and since when: of a
-        list of prompts, another one may need them."""
+        self._siblings = Siblings()
         self._orphans: list[Future[dict[str, Any]]] = []
         """Ended before their handoff was known: what the prefill holds is to be given back."""
         self._decodes: dict[str, _Decode] = {}
@@ -122,16 +126,19 @@ class ConsumerScheduler:
         if not params or not params.get("do_remote_prefill"):
             return
         decode = self._decodes[request.request_id] = _Decode()
+        if member(request.request_id).prompt:
+            # The prefill leg's transfer is that of the first of a list of prompts.
+            self._compute_beside(request.request_id, decode)
+            return
         try:
             leg = parse_mooncake_leg(params)
             if leg is None:
                 self._settle(request, decode, params)
-            elif user := self._user_of(leg.transfer_id):
-                self._share(request, decode, user)
-            else:
+            elif self._siblings.loads_itself(request.request_id, leg.transfer_id):
                 self._allowed.check_url(leg.remote_bootstrap_addr)
-                decode.routed_as = leg.transfer_id
+                self._siblings.claim(request.request_id, leg.transfer_id)
                 decode.resolving = self._bootstrap.resolve(leg)
+                decode.asked = True
         except ProtocolError as error:
             decode.failure = str(error)
 
@@ -141,18 +148,21 @@ class ConsumerScheduler:
         Raises:
             ProtocolError: it cannot be read, or names a host that is not allowed.
         """
-        handoff = parse_handoff(params)
+        try:
+            handoff = parse_handoff(params)
+        except MalformedError:
+            self._give_back(params, "consumer cannot read its handoff")
+            raise
         self._allowed.check(handoff.remote_host)
-        if user := self._user_of(handoff.transfer_id):
-            self._share(request, decode, user)
+        if not self._siblings.loads_itself(request.request_id, handoff.transfer_id):
             return
         try:
             obstacle = self._admission.obstacle(request, handoff)
         except OtherPromptError as error:
-            self._unclaimed[handoff.transfer_id] = handoff, time.monotonic()
+            self._release(handoff, "consumer has another prompt")
             self._compute_here(request.request_id, decode, str(error), handoff)
             return
-        self._unclaimed.pop(handoff.transfer_id, None)
+        self._siblings.claim(request.request_id, handoff.transfer_id)
         decode.handoff = handoff
         decode.failure = obstacle
         if decode.failure is None:
@@ -163,43 +173,23 @@ class ConsumerScheduler:
         if decode.failure is None and self._admission.may_emit(request, handoff):
             decode.params = request.sampling_params
 
-    def _user_of(self, transfer_id: str) -> str | None:
-        for name, one in self._decodes.items():
-            if transfer_id in (one.transfer_id, one.routed_as):
-                return name
-        return None
-
-    def _share(self, request: "Request", decode: _Decode, user: str) -> None:
-        """A second request brings the same transfer. Those of one client (n > 1, a list of prompts)
-        are computed here, where they share its prompt from the prefix cache; others are an error.
-
-        Without the handoff, so that giving up does not take it from its first user.
-        """
-        ours, theirs = member(request.request_id), member(user)
-        if ours.family != theirs.family:
-            decode.failure = f"transfer is already used by request {user}"
-        elif ours.prompt == theirs.prompt:
-            decode.behind = user
-        else:
-            decode.ended = True
-            self._events("not_loaded", request.request_id, None, start="local")
+    def _compute_beside(self, request_id: str, decode: _Decode) -> None:
+        """A request needs no transfer: its client's others have one."""
+        decode.ended = True
+        self._events("not_loaded", request_id, None, start="local")
 
     def _compute_here(self, request_id: str, decode: _Decode, cause: str, handoff: Handoff) -> None:
         """Nothing is lost: whatever the policy says of failed transfers."""
         decode.ended, decode.failure = True, cause
-        if member(request_id).prompt:  # the reply of a prefill leg names the first of a list
-            self._events("not_loaded", request_id, handoff.transfer_id, start="local")
-            return
-        logger.warning("lynx: request %s: prompt is computed here: %s", request_id, cause)
+        logger.warning(
+            "lynx: request %s is computed here: %s",
+            request_id,
+            explain(cause, handoff.remote_host),
+        )
         self._events(
             "failed", request_id, handoff.transfer_id, cause=cause, peer=handoff.remote_host
         )
         self._events("not_loaded", request_id, handoff.transfer_id, start="recompute")
-
-    def _waits_behind(self, decode: _Decode) -> bool:
-        """Whether the request that it shares a prompt with is still about to bring it."""
-        first = self._decodes.get(decode.behind or "")
-        return first is not None and not first.arrived and not (first.ended and not first.allocated)
 
     def match(self, request: "Request", num_computed_tokens: int) -> tuple[int | None, bool]:
         """Tokens to load beyond the local prefix cache, and whether asynchronously.
@@ -209,11 +199,11 @@ class ConsumerScheduler:
         decode = self._decodes.get(request.request_id)
         if decode is None or decode.ended:
             return 0, False
-        if decode.behind is not None:
-            if self._waits_behind(decode):
+        if name := self._siblings.first(request.request_id):
+            first = self._decodes.get(name)
+            if first is not None and first.coming:
                 return None, False
-            decode.ended = True
-            self._events("not_loaded", request.request_id, None, start="local")
+            self._compute_beside(request.request_id, decode)
             return 0, False
         count = _tokens_of(request, decode) - num_computed_tokens
         if count <= 1:
@@ -247,12 +237,9 @@ class ConsumerScheduler:
         return True
 
     def _give_up(self, request_id: str, decode: _Decode, cause: str) -> None:
-        logger.warning(
-            "lynx: request %s: KV transfer impossible, prompt is recomputed here: %s",
-            request_id,
-            cause,
-        )
-        self._events("failed", request_id, decode.transfer_id, cause=cause, peer=_host(decode))
+        peer = _host(decode) or ""
+        logger.warning("lynx: request %s is computed here: %s", request_id, explain(cause, peer))
+        self._events("failed", request_id, decode.transfer_id, cause=cause, peer=peer)
         self._events("not_loaded", request_id, decode.transfer_id, start="recompute")
         self._finish_transfer(decode, "consumer recomputes: " + cause)
 
@@ -280,6 +267,8 @@ class ConsumerScheduler:
         handoff = decode.handoff
         if handoff is not None:
             self._know_first_token(decode, handoff.lynx.first_token)
+            if decode.asked:
+                self._count_cached(request, handoff)
         self._loads.append(
             LoadRequest(
                 request_id=request_id,
@@ -311,6 +300,15 @@ class ConsumerScheduler:
         if decode.speculative:
             self._started.append(request_id)
 
+    def _count_cached(self, request: "Request", handoff: Handoff) -> None:
+        """Have `cached_tokens` of the answer's usage count what the prefill found in its cache.
+
+        vLLM reads that from the decode leg (`remote_prefill_cached_tokens`), and has read it by the
+        time a leg in Mooncake's shape is resolved.
+        """
+        if request.prefill_stats is not None:
+            request.prefill_stats.num_cached_tokens = handoff.lynx.cached_tokens
+
     def _know_first_token(self, decode: _Decode, token: int | None) -> None:
         if token is not None and decode.params and first_token.allowed(decode.params, token):
             decode.first_token = token
@@ -323,30 +321,31 @@ class ConsumerScheduler:
         self._steps.step(scheduled)
         metadata.loads, self._loads = self._loads, []
         metadata.cancelled, self._cancelled = self._cancelled, []
-        self._give_up_unclaimed()
         for answer in [answer for answer in self._orphans if answer.done()]:
             self._orphans.remove(answer)
-            self._give_back(answer)
+            self._give_back_orphan(answer)
         metadata.holds, self._holds = self._holds, []
         metadata.releases, self._releases = self._releases, []
 
-    def _give_back(self, answer: Future[dict[str, Any]]) -> None:
+    def _give_back_orphan(self, answer: Future[dict[str, Any]]) -> None:
         """The transfer of a request that ended before its handoff was known."""
         try:
-            self._release(parse_handoff(answer.result()), "request ended before its load")
+            self._give_back(answer.result(), "request ended before its load")
         except Exception as error:
             logger.info("lynx: nothing to give back: %s", error)
+
+    def _give_back(self, params: dict[str, Any], cause: str) -> None:
+        """The transfer of a handoff that is not used, if it says enough of it."""
+        where = whereabouts(params)
+        if where is not None and not self._siblings.is_used(where.remote_request_id):
+            self._releases.append(
+                ReleaseRequest(where.remote_request_id, where.remote_host, where.lynx.ports, cause)
+            )
 
     @property
     def has_orphans(self) -> bool:
         """Whether `fill` has to be called again though no request is left."""
-        return bool(self._orphans or self._unclaimed)
-
-    def _give_up_unclaimed(self) -> None:
-        now = time.monotonic()
-        late = [name for name, (_, since) in self._unclaimed.items() if now - since > CLAIM_SECONDS]
-        for name in late:
-            self._release(self._unclaimed.pop(name)[0], "consumer has another prompt")
+        return bool(self._orphans)
 
     def stop(self) -> None:
         """End the thread that asks bootstrap servers."""
@@ -381,6 +380,7 @@ class ConsumerScheduler:
         if decode is None:
             return False, None
         self._waiting.leave(request.request_id)
+        self._siblings.leave(request.request_id)
         self._events(
             "finished",
             request.request_id,

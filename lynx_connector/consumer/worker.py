@@ -28,6 +28,7 @@ from lynx_connector.engine.metadata import (
 )
 from lynx_connector.engine.worker_context import WorkerContext
 from lynx_connector.errors import LynxError
+from lynx_connector.telemetry.failures import explain
 from lynx_connector.tiers.pieces import TierBuffers, TokenRange, plan_pieces, slots_of
 from lynx_connector.transport.client import TierClient
 from lynx_connector.wire.allowed import AllowedPrefills
@@ -249,17 +250,19 @@ class ConsumerWorker:
     # ---- ends --------------------------------------------------------------------------------
 
     def _fail_load(self, load: LoadRequest, cause: str) -> None:
-        logger.error("lynx: request %s: KV transfer failed: %s", load.request_id, cause)
-        self._events("failed", load.request_id, load.transfer_id, cause=cause, peer=load.host)
+        if load.failure is None or self.rank == 0:  # all ranks have the scheduler half's
+            self._record_failure(load, cause)
         self._failed_recving.add(load.request_id)
+
+    def _record_failure(self, load: LoadRequest, cause: str) -> None:
+        """The one log line and event of it."""
+        logger.error("lynx: request %s: %s", load.request_id, explain(cause, load.host))
+        self._events("failed", load.request_id, load.transfer_id, cause=cause, peer=load.host)
 
     def _fail(self, transfer: InboundTransfer, cause: str) -> None:
         load = transfer.load
         if transfer.anchor_reported:
-            logger.error(
-                "lynx: request %s: KV transfer failed after its anchor: %s", load.request_id, cause
-            )
-            self._events("failed", load.request_id, load.transfer_id, cause=cause, peer=load.host)
+            self._record_failure(load, cause)
             self._report.failed[load.request_id] = cause
         else:
             self._fail_load(load, cause)

@@ -9,10 +9,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from lynx_connector.config import LynxConfig
+from lynx_connector.engine.answers import ANSWERS
 from lynx_connector.engine.compat import KVConnectorPromMetrics, KVConnectorStats
 from lynx_connector.telemetry.metrics import (
     CATALOGUE,
     CONSUMER,
+    EXPLAINED,
     PREFIX,
     PRODUCER,
     SECONDS,
@@ -54,7 +56,7 @@ class LynxStats(KVConnectorStats):
         sums = {
             name: sum(by_label.values())
             for name, by_label in self.data.items()
-            if CATALOGUE[name].kind is Kind.COUNTER
+            if name != EXPLAINED and CATALOGUE[name].kind is Kind.COUNTER
         }
         return {f"lynx {name}": total for name, total in sums.items() if total}
 
@@ -93,6 +95,13 @@ class LynxPromMetrics(KVConnectorPromMetrics):
                     if metric.name == "staging_limit_bytes":
                         child.set(int(limit))
 
+        ANSWERS.count_refused = self._count_refused
+
+    def _count_refused(self, role: str, code: str) -> None:
+        """The front end has refused a request, which no engine hears of."""
+        for engine in list(self.per_engine_labelvalues)[:1]:
+            self._child(engine, "failures", f"{role},{code}").inc()
+
     def _register(self, metric: Metric) -> Any:
         make: dict[Kind, Callable[..., Any]] = {
             Kind.COUNTER: self._counter_cls,
@@ -122,6 +131,10 @@ class LynxPromMetrics(KVConnectorPromMetrics):
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         """Take over what one engine step has counted."""
         for name, by_label in transfer_stats_data.items():
+            if name == EXPLAINED:
+                for request_id, text in by_label.items():
+                    ANSWERS.explain(request_id, text)
+                continue
             kind = CATALOGUE[name].kind
             for labels, value in by_label.items():
                 child = self._child(engine_idx, name, labels)

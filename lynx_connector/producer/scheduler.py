@@ -7,7 +7,6 @@ Pure Python; runs without torch.
 import logging
 import time
 import uuid
-from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -26,14 +25,16 @@ from lynx_connector.engine.metadata import (
     LynxWorkerMetadata,
     PrefillOutcome,
 )
-from lynx_connector.engine.requests import adapter_of, is_extra, media_of, member
+from lynx_connector.engine.requests import adapter_of, media_of, member
 from lynx_connector.errors import ProtocolError, shown
 from lynx_connector.plan.planner import Planner
 from lynx_connector.plan.policy import Choice, Wanted
 from lynx_connector.plan.taper import Unsent
 from lynx_connector.producer.room import StagingRoom
+from lynx_connector.producer.siblings import Siblings
 from lynx_connector.scheduler import first_token
 from lynx_connector.telemetry.events import EventLog
+from lynx_connector.telemetry.failures import explain
 from lynx_connector.wire.handoff import (
     TABLE_CODECS,
     Handoff,
@@ -50,9 +51,6 @@ if TYPE_CHECKING:
     from lynx_connector.producer.bootstrap import BootstrapServer
 
 logger = logging.getLogger("vllm.lynx.producer")
-
-MAX_SHARED = 1024
-"""Replies kept for the others of n."""
 
 
 @dataclass
@@ -72,6 +70,8 @@ class _Prefill:
     block_ids: list[int] = field(default_factory=list)
     submitted: int = 0
     """Tokens that the workers have been told to encode."""
+    cached: int = 0
+    """Tokens that vLLM's prefix cache had."""
     opened: bool = False
     """Whether the workers know the request, and so will report when its blocks are free."""
     plan: EncodePlan | None = None
@@ -135,11 +135,7 @@ class ProducerScheduler:
         """Given up by their consumer while they run."""
         self._refused: list[str] = []
         """Prefill legs that cannot be handed over."""
-        self._extras: dict[str, tuple[str, int]] = {}
-        """Further requests of a client's prefill leg (n > 1, a list of prompts), whose transfers
-        nobody could fetch: family and prompt by request id."""
-        self._shared: OrderedDict[tuple[str, int], dict[str, Any]] = OrderedDict()
-        """What the first of n replied, since the last one's reply is the one that is sent."""
+        self._siblings = Siblings()
         self._room = StagingRoom(
             int(config.staging_bytes), tensor_parallel_size, config.staging_wait_seconds
         )
@@ -182,9 +178,8 @@ class ProducerScheduler:
         """A new request; followed if a decode instance is to go on with it."""
         params = request.kv_transfer_params
         if params and params.get("do_remote_decode"):
-            if is_extra(request.request_id):
+            if self._siblings.add(request.request_id):
                 self._prepare(request)
-                self._extras[request.request_id] = member(request.request_id)[:2]
                 return
             routed_as = params.get("transfer_id") if self._bootstrap is not None else None
             if routed_as is not None and not self._expect(request.request_id, routed_as):
@@ -243,7 +238,7 @@ class ProducerScheduler:
             cause = f"transfer_id {shown(repr(name))} was used before"
         except ProtocolError as error:
             cause = str(error)
-        logger.error("lynx: request %s: prefill is not handed over: %s", request_id, cause)
+        logger.error("lynx: request %s is not handed over: %s", request_id, explain(cause))
         self._events("refused", request_id, None, cause=cause)
         self._refused.append(request_id)
         return False
@@ -334,6 +329,7 @@ class ProducerScheduler:
         )
         if not prefill.opened:
             prefill.opened = True
+            prefill.cached = computed
             if self._config.early_reply:
                 self._unanswered.add(request_id)
         prefill.submitted = end
@@ -346,8 +342,8 @@ class ProducerScheduler:
         consumer hears of either.
         """
         request_id = request.request_id
-        if extra := self._extras.pop(request_id, None):
-            return False, self._shared.get(extra) if extra[1] == 0 else None
+        if request_id in self._siblings:
+            return False, self._siblings.finish(request_id)
         prefill = self._prefills.pop(request_id, None)
         if prefill is None:
             return False, None
@@ -415,14 +411,11 @@ class ProducerScheduler:
                 first_token=token,
                 sampling=prefill.sampling,
                 adapter=prefill.adapter,
+                cached_tokens=prefill.cached,
             ),
         )
         params = handoff.params()
-        place = member(request_id)
-        if place.child is not None:
-            self._shared[place[:2]] = params
-            while len(self._shared) > MAX_SHARED:
-                self._shared.popitem(last=False)
+        self._siblings.publish(request_id, params)
         if self._bootstrap is not None and prefill.routed_as is not None:
             self._bootstrap.publish(prefill.routed_as, params)
         return params

@@ -308,7 +308,6 @@ class SpeculativeStartMixin(_Base):
 
     def _report_failure(self, request_id: str, cause: str) -> None:
         policy = "recompute" if self.recompute_kv_load_failures else "fail"
-        logger.warning("Request %s: transfer failed (%s); policy %s.", request_id, cause, policy)
         self._port.event("fallback", request_id, cause=cause, policy=policy)
 
     def _fall_back(self, request: Request, drafting: Drafting) -> None:

@@ -49,7 +49,7 @@ class EventLog:
     ) -> None:
         """Record one event."""
         if self._meter is not None:
-            self._meter(event, self._role, fields)
+            self._meter(event, self._role, fields, request)
         if self._file is None:
             return
         line = {

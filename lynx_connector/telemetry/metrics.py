@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from lynx_connector.telemetry.failures import CAUSES, explain, failure_code
+
 PREFIX = "vllm:lynx_"
 
 PRODUCER, CONSUMER = "producer", "consumer"
@@ -20,53 +22,6 @@ TIERS = ("anchor", "residual", "exact")
 STARTS = ("speculative", "blocking", "local", "recompute")
 PATHS = ("one_pass", "rows", "rewind")
 OUTCOMES = ("complete", "dropped")
-
-FAILURES: dict[str, tuple[str, ...]] = {
-    "lease_expired": ("no consumer within lease_seconds",),
-    "staging_full": ("staging is full", "exceeds this instance's staging_bytes", "is too small"),
-    "prefill_failed": ("before its prefill did", "prefill failed", "prefill ended"),
-    "encode_failed": ("prefill cannot encode", "prefill could not encode"),
-    "other_prompt": ("prefill computed",),
-    "authentication": ("shared secret",),
-    "incompatible": (
-        "speaks protocol",
-        "speaks Lynx protocol",
-        "another model",
-        "another cache dtype",
-        "they must be equal",
-        "the same tokenizer",
-    ),
-    "checksum": ("checksum",),
-    "timeout": ("silent for", "timed out", "not sent within"),
-    "connection_lost": ("cannot connect", "lost", "closed"),
-    "tables": ("tables",),
-    "malformed": (
-        "malformed",
-        "unexpected",
-        "came before",
-        "no key 'lynx'",
-        "asked for tokens",
-        "exact tier:",
-    ),
-    "unknown_transfer": ("unknown transfer",),
-    "refused": ("already used", "refused", "was released"),
-}
-"""Code of a failure -> what its cause contains; the first that fits is taken."""
-
-CAUSES = (*FAILURES, "other")
-
-_ORDINARY_ENDS = ("done", "request ended", "cancelled", "nothing to load")
-_NOT_ORDINARY = "request ended before its prefill"
-
-
-def failure_code(cause: str) -> str | None:
-    """The label of a free-text cause, one of `CAUSES`; None for an end that is no failure."""
-    if cause.startswith(_ORDINARY_ENDS) and not cause.startswith(_NOT_ORDINARY):
-        return None
-    for code, parts in FAILURES.items():
-        if any(part in cause for part in parts):
-            return code
-    return "other"
 
 
 # ---- catalogue --------------------------------------------------------------------------------
@@ -183,12 +138,17 @@ CATALOGUE: dict[str, Metric] = {metric.name: metric for metric in _catalogue()}
 
 Values = dict[str, dict[str, Any]]
 """Metric -> label values joined by commas -> sum (counter), last value (gauge), list of
-observations (histogram)."""
+observations (histogram). Under `EXPLAINED`: request id -> why its transfer failed."""
+
+EXPLAINED = "explained"
 
 
 def merge(into: Values, more: Values) -> None:
     """Add what another rank, or a later step, has counted."""
     for name, by_label in more.items():
+        if name == EXPLAINED:
+            into[name] = into.get(name, {}) | by_label
+            continue
         kind, target = CATALOGUE[name].kind, into.setdefault(name, {})
         for label, value in by_label.items():
             if kind is Kind.GAUGE or label not in target:
@@ -205,10 +165,14 @@ class Meter:
         self._values: Values = {}
         self._gauges: dict[tuple[str, str], float] = {}
 
-    def __call__(self, event: str, role: str, fields: Mapping[str, Any]) -> None:
-        """Count one event."""
+    def __call__(
+        self, event: str, role: str, fields: Mapping[str, Any], request: str | None = None
+    ) -> None:
+        """Count one event, and remember why a request failed."""
         if (counted := _COUNTED.get(event)) is not None:
             counted(self, role, fields)
+        if request is not None and event in _EXPLAINING:
+            self._merge(EXPLAINED, explain(fields["cause"], fields.get("peer") or ""), (request,))
 
     def add(self, name: str, value: float = 1, *labels: str) -> None:
         """Add to a counter."""
@@ -310,3 +274,6 @@ _COUNTED: dict[str, Callable[[Meter, str, Mapping[str, Any]], None]] = {
     "verified": _verified,
 }
 """What an event adds to. Of the others nothing is counted."""
+
+_EXPLAINING = ("failed", "refused")
+"""Events whose cause the front end tells the client, if the request ends with an error."""

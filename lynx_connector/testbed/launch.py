@@ -15,6 +15,9 @@ from typing import Any
 
 import yaml
 
+MIDDLEWARE = "lynx_connector.middleware.LynxMiddleware"
+"""Tells HTTP clients why a transfer failed; vLLM keeps all that are given."""
+
 
 class Role(StrEnum):
     """What an instance does with a request's KV cache."""
@@ -76,6 +79,8 @@ def serve_command(role: Role, model: str, vllm_args: Sequence[str], *, cpu: bool
                 command += [flag, value]
     if "--scheduler-cls" not in given:
         command += ["--scheduler-cls", _scheduler(vllm_args, given, cpu)]
+    if MIDDLEWARE not in " ".join([*vllm_args, *map(str, _configured(vllm_args).values())]):
+        command += ["--middleware", MIDDLEWARE]
     return [*command, *vllm_args]
 
 
@@ -93,11 +98,15 @@ def _given_flags(vllm_args: Sequence[str]) -> Iterator[str]:
         if argument.startswith("--"):
             head, dot, rest = argument.partition("=")[0].partition(".")
             yield head.replace("_", "-") + dot + rest
-    if (config := _value(vllm_args, "--config")) is not None:
-        keys = yaml.safe_load(Path(config).read_text()) or {}
-        for key, value in keys.items():
-            name = key.replace("_", "-")
-            yield f"--no-{name}" if value is False else f"--{name}"
+    for key, value in _configured(vllm_args).items():
+        name = key.replace("_", "-")
+        yield f"--no-{name}" if value is False else f"--{name}"
+
+
+def _configured(vllm_args: Sequence[str]) -> dict[str, Any]:
+    """What the `--config` file says."""
+    config = _value(vllm_args, "--config")
+    return {} if config is None else yaml.safe_load(Path(config).read_text()) or {}
 
 
 def _value(vllm_args: Sequence[str], flag: str) -> str | None:

@@ -11,7 +11,8 @@ import xxhash
 from msgspec import Meta
 
 from lynx_connector.config import FinalTier
-from lynx_connector.errors import ProtocolError, shown
+from lynx_connector.errors import MalformedError, ProtocolError, shown
+from lynx_connector.wire.fields import malformed
 from lynx_connector.wire.messages import (
     DECODE_ERRORS,
     PROTOCOL_VERSION,
@@ -22,12 +23,15 @@ from lynx_connector.wire.messages import (
     TokenId,
 )
 
+_CONVERT_ERRORS = (msgspec.ValidationError, UnicodeError, RecursionError)
+
 TABLE_CODECS = ("klt",)
 """Codecs that need learned tables."""
 
 Host = Annotated[
     str, Meta(min_length=1, max_length=253, pattern=r"^[^\s\x00-\x20\x7f-\x9f\ud800-\udfff]+\Z")
 ]
+Ports = Annotated[list[Annotated[int, Meta(ge=1, le=65535)]], Meta(min_length=1, max_length=512)]
 AnchorBits = Annotated[int, Meta(ge=3, le=5)]
 
 
@@ -48,7 +52,7 @@ class LynxParams(msgspec.Struct, forbid_unknown_fields=False):
     codec: Id
     exact_first: Annotated[int, Meta(ge=0, le=1024)]
     exact_last: Annotated[int, Meta(ge=0, le=1024)]
-    ports: Annotated[list[Annotated[int, Meta(ge=1, le=65535)]], Meta(min_length=1, max_length=512)]
+    ports: Ports
     anchor_bits: AnchorBits
     final_tier: FinalTier
     tables: Annotated[list[Digest], Meta(max_length=512)]
@@ -61,6 +65,8 @@ class LynxParams(msgspec.Struct, forbid_unknown_fields=False):
     sampling: MaybeDigest = ""
     adapter: Text = ""
     """Name of the LoRA adapter that the prompt was computed with; empty: none."""
+    cached_tokens: Annotated[int, Meta(ge=0, le=1 << 32)] = 0
+    """Of the prompt's tokens those that the prefill found in its prefix cache."""
 
 
 class Handoff(msgspec.Struct, forbid_unknown_fields=False):
@@ -97,6 +103,19 @@ class Handoff(msgspec.Struct, forbid_unknown_fields=False):
         return self.remote_host, self.lynx.ports[rank]
 
 
+class Whereabouts(msgspec.Struct, forbid_unknown_fields=False):
+    """Where a transfer is staged: what giving it back takes of a handoff."""
+
+    class Workers(msgspec.Struct, forbid_unknown_fields=False):
+        """Of `LynxParams`."""
+
+        ports: Ports
+
+    remote_request_id: Id
+    remote_host: Host
+    lynx: Workers
+
+
 class MooncakeLeg(msgspec.Struct, forbid_unknown_fields=False):
     """A decode leg of a router that speaks Mooncake's handoff.
 
@@ -126,14 +145,14 @@ def check_transfer_id(value: object) -> str:
     """A router's own name of a transfer, as a prefill leg brings it.
 
     Raises:
-        ProtocolError: it cannot name one.
+        MalformedError: it cannot name one.
     """
     try:
         return msgspec.convert(value, Id)
-    except (msgspec.ValidationError, UnicodeError, RecursionError):
-        raise ProtocolError(
-            f"transfer_id {shown(repr(value), 64)} is not a string of 1 to 128 characters without "
-            "control characters"
+    except _CONVERT_ERRORS:
+        raise MalformedError(
+            f"malformed kv_transfer_params: transfer_id {shown(repr(value), 64)} is not a string "
+            "of 1 to 128 characters without control characters"
         ) from None
 
 
@@ -166,14 +185,14 @@ def parse_mooncake_leg(params: dict[str, Any]) -> MooncakeLeg | None:
     """A decode leg in Mooncake's shape; None if it has another one.
 
     Raises:
-        ProtocolError: naming what is missing or wrong.
+        MalformedError: naming what is missing or wrong.
     """
     if "lynx" in params or "remote_bootstrap_addr" not in params:
         return None
     try:
         leg = msgspec.convert(params, MooncakeLeg)
-    except (msgspec.ValidationError, UnicodeError, RecursionError) as error:
-        raise ProtocolError(f"malformed kv_transfer_params: {shown(str(error))}") from None
+    except _CONVERT_ERRORS as error:
+        raise malformed("kv_transfer_params", error, params) from None
     leg.remote_bootstrap_addr = leg.remote_bootstrap_addr.rstrip("/")
     return leg
 
@@ -182,25 +201,34 @@ def parse_handoff(params: dict[str, Any]) -> Handoff:
     """Validate a decode leg's `kv_transfer_params`.
 
     Raises:
-        ProtocolError: naming what is missing or wrong.
+        MalformedError: naming what is missing or wrong.
+        ProtocolError: the prefill speaks another version.
     """
     if "lynx" not in params:
-        raise ProtocolError(
+        raise MalformedError(
             "kv_transfer_params has no key 'lynx': the prefill instance does not run LynxConnector"
         )
     _check_version(params["lynx"])
     try:
         handoff = msgspec.convert(params, Handoff)
-    except (msgspec.ValidationError, UnicodeError, RecursionError) as error:
-        raise ProtocolError(f"malformed kv_transfer_params: {shown(str(error))}") from None
+    except _CONVERT_ERRORS as error:
+        raise malformed("kv_transfer_params", error, params) from None
     lynx = handoff.lynx
     needed = len(lynx.ports) if lynx.codec in TABLE_CODECS else 0
     if len(lynx.tables) != needed:
-        raise ProtocolError(
+        raise MalformedError(
             f"malformed kv_transfer_params: codec {shown(lynx.codec)} on {len(lynx.ports)} ranks "
             f"needs {needed} tables, the handoff names {len(lynx.tables)}"
         )
     return handoff
+
+
+def whereabouts(params: dict[str, Any]) -> Whereabouts | None:
+    """Where the transfer of a malformed handoff is; None where that cannot be told, either."""
+    try:
+        return msgspec.convert(params, Whereabouts)
+    except _CONVERT_ERRORS:
+        return None
 
 
 def _check_version(lynx: object) -> None:

@@ -61,6 +61,7 @@ def pair(model, tmp_path_factory):
                 "12",
                 "--served-model-name",
                 "m",
+                "--enable-prompt-tokens-details",
             ]
         ),
     )

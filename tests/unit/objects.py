@@ -83,6 +83,7 @@ def request(name="r", prompt=100, params=None, hashes=(), **sampling):
         output_token_ids=[TOKEN],
         status=Status.FINISHED_LENGTH_CAPPED,
         num_output_tokens=1,
+        prefill_stats=SimpleNamespace(num_cached_tokens=prompt),
     )
 
 

@@ -2,6 +2,7 @@
 """Requests that share one handoff (n > 1, lists of prompts), and prompts that the prefill has not
 computed, or only the beginning of."""
 
+from concurrent.futures import Future
 from types import SimpleNamespace
 
 import pytest
@@ -104,10 +105,7 @@ def test_of_a_list_of_prompts_the_first_loads_and_the_others_are_computed(recomp
         ({"adapter": "french"}, "adapter 'french'"),
     ],
 )
-def test_another_prompt_is_computed_here_whatever_the_policy(
-    recompute, lynx, cause, monkeypatch, caplog
-):
-    monkeypatch.setattr("lynx_connector.consumer.scheduler.CLAIM_SECONDS", -1)
+def test_another_prompt_is_computed_here_whatever_the_policy(recompute, lynx, cause, caplog):
     half, one = consumer(recompute=recompute), request(params=handoff(**lynx))
     half.add(one)
     count, _, metadata = admit(half, one)
@@ -151,3 +149,71 @@ def test_a_prefix_that_is_here_already_needs_no_load():
     count, _, metadata = admit(half, one, local=128)
     assert (count, metadata.loads) == (0, [])
     assert [release.transfer_id for release in metadata.releases] == ["t"]
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_in_mooncakes_shape_the_first_of_a_list_asks_whoever_comes_first(order, monkeypatch):
+    half, asked = consumer(), []
+
+    def resolve(leg):
+        asked.append(leg.transfer_id)
+        answer = Future()
+        answer.set_result(handoff(prompt=DIGEST, cached_tokens=48))
+        return answer
+
+    monkeypatch.setattr(half._bootstrap, "resolve", resolve)
+    leg = {
+        "do_remote_prefill": True,
+        "transfer_id": "x",
+        "remote_engine_id": "e",
+        "remote_bootstrap_addr": "http://h:1",
+    }
+    requests = [request(f"cmpl-7-{i}-0123abc{i}", params=leg) for i in range(2)]
+    requests[1].prompt_token_ids = [9] * 100
+    for index in order:
+        half.add(requests[index])
+    assert offered(half, requests[1]) == (0, False)
+    assert admit(half, requests[0])[0] == 100
+    assert asked == ["x"] and released(half) == []
+    assert requests[0].prefill_stats.num_cached_tokens == 48  # what the prefill found
+
+
+def test_in_nixls_shape_vllm_counts_cached_tokens_itself():
+    half, one = consumer(), request(params=handoff(cached_tokens=48))
+    half.add(one)
+    admit(half, one)
+    assert one.prefill_stats.num_cached_tokens == 100
+
+
+BROKEN = [
+    pytest.param({"final_tier": "best"}, id="field"),
+    pytest.param({"codec": "klt"}, id="tables"),
+    pytest.param({"num_tokens": None}, id="null"),
+]
+
+
+@pytest.mark.parametrize("lynx", BROKEN)
+def test_a_handoff_that_cannot_be_read_is_given_back_at_once(lynx):
+    half = consumer(recompute=False)
+    one = request(params=handoff(**lynx))
+    half.add(one)
+    metadata = LynxMetadata()
+    half.fill(metadata, {})
+    (release,) = metadata.releases
+    assert (release.transfer_id, release.host, release.ports) == ("t", "10.0.0.1", [7600])
+    assert "malformed" in admit(half, one)[2].loads[0].failure
+    assert released(half) == []
+
+
+def test_a_handoff_that_cannot_be_read_takes_nothing_from_the_transfers_user():
+    half, user = consumer(recompute=False), request("user", params=handoff())
+    half.add(user)
+    half.add(request("other", params=handoff(final_tier="best")))
+    assert released(half) == []
+    assert admit(half, user)[0] == 100
+
+
+def test_a_handoff_without_a_place_is_not_given_back():
+    half = consumer(recompute=False)
+    half.add(request(params=handoff() | {"remote_host": None}))
+    assert released(half) == []

@@ -67,10 +67,10 @@ def test_when_the_first_of_n_fails_nothing_is_named():
 
 
 def test_replies_that_are_kept_are_bounded(monkeypatch):
-    monkeypatch.setattr("lynx_connector.producer.scheduler.MAX_SHARED", 2)
+    monkeypatch.setattr("lynx_connector.producer.siblings.MAX_KEPT", 2)
     half = producer()
     for number in range(5):
         one = leg(half, f"0_chatcmpl-{number}-0123abcd")
         run(half, one)
         half.finish(one)
-    assert len(half._shared) == 2
+    assert len(half._siblings._replies) == 2

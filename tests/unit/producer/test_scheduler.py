@@ -195,6 +195,14 @@ def test_tokens_of_the_prefix_cache_are_marked_as_seen():
     assert second.fresh == 56
 
 
+def test_the_reply_says_what_was_in_the_prefix_cache():
+    half, one = producer(), request(params=PREFILL)
+    half.add(one)
+    filled(half, step(new=[("r", range(4), 32, 24)]))
+    filled(half, step(cached=[("r", range(4, 7), 56, 44)]))
+    assert parse_handoff(half.finish(one)[1]).lynx.cached_tokens == 32
+
+
 def test_aborted_prefill_is_dropped_and_its_blocks_wait_for_the_encoder():
     half = producer()
     aborted = request(params=PREFILL)

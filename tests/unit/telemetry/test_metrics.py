@@ -18,15 +18,14 @@ from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histo
 
 from lynx_connector.engine.stats import LynxPromMetrics, LynxStats
 from lynx_connector.telemetry.events import EventLog
+from lynx_connector.telemetry.failures import CAUSES, failure_code
 from lynx_connector.telemetry.metrics import (
     CATALOGUE,
-    CAUSES,
     CONSUMER,
     PRODUCER,
     TIERS,
     Kind,
     Meter,
-    failure_code,
     merge,
 )
 
@@ -77,6 +76,15 @@ def test_counting_needs_neither_torch_nor_vllm():
         ("transfer is already used by request r", "refused"),
         ("h:1: transfer was released: done", "refused"),
         ("failed: h:1: silent for 20 s", "timeout"),
+        ("bootstrap http://h:1: no prefill leg with transfer_id 't' within 10 s", "bootstrap"),
+        ("bootstrap http://h:1: All connection attempts failed", "bootstrap"),
+        ("bootstrap http://h:1: prefill ended early (FINISHED_ABORTED)", "prefill_failed"),
+        ("prefill's bootstrap server: x", "bootstrap"),
+        ("h:1: expected Welcome, got Failure", "malformed"),
+        ("not a Lynx message (starts with b'GET ')", "malformed"),
+        ("malformed kv_transfer_params: transfer_id 5 is not a string of", "malformed"),
+        ("transfer_id 't' was used before", "refused"),
+        ("unknown codec 'zip'", "incompatible"),
         ("the sky fell", "other"),
         ("done", None),
         ("request ended", None),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lynx_connector.testbed import launch
-from lynx_connector.testbed.launch import Role, kv_transfer_config, serve_command
+from lynx_connector.testbed.launch import MIDDLEWARE, Role, kv_transfer_config, serve_command
 
 KV = "--kv-transfer-config"
 
@@ -37,6 +37,8 @@ def test_prefill_gets_the_connector_and_the_scheduler():
         "kv_producer",
         "--scheduler-cls",
         "lynx_connector.scheduler.LynxScheduler",
+        "--middleware",
+        MIDDLEWARE,
     ]
 
 
@@ -96,7 +98,20 @@ def test_keys_of_a_config_file_count_as_given(tmp_path: Path):
     file = tmp_path / "decode.yaml"
     file.write_text("scheduler_cls: my.Scheduler\nkv-transfer-config: {kv_role: kv_consumer}\n")
     built = command(Role.DECODE, "--config", str(file))
-    assert built == ["/bin/vllm", "serve", "model", "--config", str(file)]
+    added = ["--middleware", MIDDLEWARE]
+    assert built == ["/bin/vllm", "serve", "model", *added, "--config", str(file)]
+
+
+@pytest.mark.parametrize("form", [MIDDLEWARE, f"[other.Middleware, {MIDDLEWARE}]"])
+def test_the_middleware_is_added_once(form, tmp_path: Path):
+    file = tmp_path / "decode.yaml"
+    file.write_text(f"middleware: {form}\n")
+    assert "--middleware" not in command(Role.DECODE, "--config", str(file))
+    for given in (["--middleware", MIDDLEWARE], [f"--middleware={MIDDLEWARE}"]):
+        built = command(Role.DECODE, *given)
+        assert [one for one in built if MIDDLEWARE in one] == given[-1:]
+    both = command(Role.DECODE, "--middleware", "other.Middleware")
+    assert both.count("--middleware") == 2
 
 
 def test_asynchronous_scheduling_turned_off_in_a_config_file(tmp_path: Path):
