@@ -12,6 +12,7 @@ import pytest
 from lynx_connector.testbed.cluster import Cluster, Side, free_port
 from lynx_connector.testbed.link import loopback
 from lynx_connector.testbed.model import ensure_model
+from tests.conftest import is_wanted
 
 from .lone_servers import PREFILL_CHUNK, DecodeOnly
 from .pair import Pair, transfer_flag
@@ -23,6 +24,13 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "integration" in item.path.parts:
             item.add_marker(pytest.mark.integration)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def schedulers_beside(request):
+    """Where `tests/scheduler` belongs to this session, too, it runs on what servers leave idle."""
+    if is_wanted(request, "flavour_runs"):
+        request.getfixturevalue("flavour_runs").begin(idle=True)
 
 
 @pytest.fixture(scope="session")
@@ -78,11 +86,6 @@ def begun(request, model, tmp_path_factory):
             yield cluster, bootstrap, strict
         finally:
             strict.server.stop()
-
-
-def is_wanted(request, fixture):
-    """True where a test of this session asks for the fixture."""
-    return any(fixture in getattr(item, "fixturenames", ()) for item in request.session.items)
 
 
 @pytest.fixture(scope="session")

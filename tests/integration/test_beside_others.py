@@ -14,8 +14,8 @@ import pytest
 
 from lynx_connector.testbed.cluster import Cluster, Side
 from lynx_connector.testbed.launch import Role
+from tests.conftest import is_wanted
 
-from .conftest import is_wanted
 from .pair import DecodeServer, Pair, prompt, tokens
 
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4}
