@@ -2,9 +2,9 @@
 """One running prefill/decode pair with a router for the whole session, and what tests ask of it.
 
 The pair uses `klt`, the default, with tables learned before the first test, so that every request
-of a test has the same; `test_tables.py` watches pairs of its own learn. The sender is limited to
-LINK_MBIT, so that every transfer leaves time to draft. The decode instance recomputes what it
-cannot load; a second one, started where a test needs it, fails such requests.
+of a test has the same; `test_tables.py` watches prefill servers of its own learn. The sender is
+limited to LINK_MBIT, so that every transfer leaves time to draft. The decode instance recomputes
+what it cannot load; a second one, for sessions with a test that needs it, fails such requests.
 """
 
 import pytest
@@ -12,11 +12,12 @@ import pytest
 from lynx_connector.testbed.cluster import Cluster, Side, free_port
 from lynx_connector.testbed.link import loopback
 from lynx_connector.testbed.model import ensure_model
+from tests.conftest import is_wanted
 
-from .pair import DecodeOnly, Pair, transfer_flag
+from .lone_servers import PREFILL_CHUNK, DecodeOnly
+from .pair import Pair, transfer_flag
 
 LINK_MBIT = 40
-PREFILL_CHUNK = 512
 
 
 def pytest_collection_modifyitems(items):
@@ -25,13 +26,24 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.integration)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def schedulers_beside(request):
+    """Where `tests/scheduler` belongs to this session, too, it runs on what servers leave idle."""
+    if is_wanted(request, "flavour_runs"):
+        request.getfixturevalue("flavour_runs").begin(idle=True)
+
+
 @pytest.fixture(scope="session")
 def model():
     return ensure_model()
 
 
 @pytest.fixture(scope="session")
-def pair(model, tmp_path_factory):
+def begun(request, model, tmp_path_factory):
+    """The pair's cluster and the strict decode server: started, and not waited for.
+
+    Start-up leaves cores idle, and so do tests: whoever asks for this early has it for nothing.
+    """
     folder = tmp_path_factory.mktemp("pair")
     lynx = {
         "events_file": str(folder / "events-decode.jsonl"),
@@ -65,18 +77,36 @@ def pair(model, tmp_path_factory):
             ]
         ),
     )
+    strict = DecodeOnly(model, tmp_path_factory.mktemp("strict"))
     with cluster:
-        cluster.start()
-        pair = Pair(cluster, bootstrap)
-        pair.learn()
-        yield pair
+        try:
+            cluster.prefill.start()
+            cluster.decode.start()
+            if is_wanted(request, "strict_decode"):
+                strict.server.start()
+            yield cluster, bootstrap, strict
+        finally:
+            strict.server.stop()
 
 
 @pytest.fixture(scope="session")
-def strict_decode(model, pair, tmp_path_factory):
+def pair(begun):
+    cluster, bootstrap, _ = begun
+    cluster.prefill.wait_ready(300)
+    cluster.decode.wait_ready(300)
+    cluster.router.start()
+    cluster.router.wait_ready(30)
+    pair = Pair(cluster, bootstrap)
+    pair.learn()
+    return pair
+
+
+@pytest.fixture(scope="session")
+def strict_decode(begun):
     """A decode instance of the same model with kv_load_failure_policy 'fail'."""
-    with DecodeOnly(model, tmp_path_factory.mktemp("strict")) as decode:
-        yield decode
+    strict = begun[-1]
+    strict.server.wait_ready(300)
+    return strict
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import psutil
 
-from lynx_connector.testbed.cluster import Cluster, Side
+from lynx_connector.testbed.cluster import Cluster
 from lynx_connector.testbed.launch import Role
 
 TIMEOUT = 120.0
@@ -210,6 +210,10 @@ class Pair(DecodeServer):
         events = [json.loads(line) for line in self.prefill_events.read_text().splitlines()]
         return [event for event in events if event["transfer"] == transfer]
 
+    def tables_sent(self) -> list[dict[str, Any]]:
+        """The producer's `tables_sent` events."""
+        return self._prefill("tables_sent")
+
     def restart_prefill(self) -> None:
         """Start the killed prefill server again; what it had staged died with it."""
         self._abandoned |= {event["transfer"] for event in self._prefill("chunk_encoded")}
@@ -246,31 +250,6 @@ class Pair(DecodeServer):
     def _prefill(self, name: str) -> list[dict[str, Any]]:
         lines = self.prefill_events.read_text().splitlines()
         return [json.loads(line) for line in lines if f'"{name}"' in line]
-
-
-class DecodeOnly(DecodeServer):
-    """A lone decode server with kv_load_failure_policy 'fail'."""
-
-    def __init__(self, model: Path, folder: Path):
-        self.events_path = folder / "events-decode.jsonl"
-        lynx = {
-            "events_file": str(self.events_path),
-            "transfer_timeout_seconds": 5,
-            "tables_dir": str(folder / "tables"),
-        }
-        flag = transfer_flag("kv_consumer", "fail", lynx)
-        side = Side(vllm_args=[*flag, "--served-model-name", "m"])
-        cluster = Cluster(model, folder, dtype="float32", router=False, decode=side)
-        self.server = cluster.decode
-        self.url = self.server.url
-
-    def __enter__(self) -> "DecodeOnly":
-        self.server.start()
-        self.server.wait_ready(300)
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.server.stop()
 
 
 def connections(pid: int) -> int:

@@ -14,6 +14,7 @@ import pytest
 
 from lynx_connector.testbed.cluster import Cluster, Side
 from lynx_connector.testbed.launch import Role
+from tests.conftest import is_wanted
 
 from .pair import DecodeServer, Pair, prompt, tokens
 
@@ -46,7 +47,27 @@ def _store(folder):
 
 
 @pytest.fixture(scope="module")
-def several(model, tmp_path_factory):
+def ngram_begun(model, tmp_path_factory):
+    """The server that drafts from n-grams: started, and not waited for."""
+    folder = tmp_path_factory.mktemp("ngram")
+    args = ["--speculative-config", json.dumps(NGRAM), "--served-model-name", "m"]
+    cluster = Cluster(
+        model,
+        folder,
+        dtype="float32",
+        max_model_len=2048,
+        router=False,
+        decode=Side(lynx={"tables_dir": str(folder / "tables")}, vllm_args=args),
+    )
+    try:
+        cluster.decode.start()
+        yield cluster
+    finally:
+        cluster.decode.stop()
+
+
+@pytest.fixture(scope="module")
+def several(request, model, ngram_begun, tmp_path_factory):
     folder = tmp_path_factory.mktemp("several")
     sent = {"codec": "hadamard", "final_tier": "exact", "advertise_host": "127.0.0.1"}
     prefill = _several(
@@ -64,6 +85,8 @@ def several(model, tmp_path_factory):
     )
     with cluster:
         cluster.start()
+        if is_wanted(request, "pair"):
+            request.getfixturevalue("begun")  # starts beside the tests of this file
         yield Pair(cluster)
 
 
@@ -74,24 +97,11 @@ class _Server(DecodeServer):
 
 
 @pytest.fixture(scope="module")
-def ngram(model, several, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ngram")
-    args = ["--speculative-config", json.dumps(NGRAM), "--served-model-name", "m"]
-    cluster = Cluster(
-        model,
-        folder,
-        dtype="float32",
-        max_model_len=2048,
-        router=False,
-        decode=Side(lynx={"tables_dir": str(folder / "tables")}, vllm_args=args),
-    )
-    try:
-        cluster.decode.start()
-        cluster.decode.wait_ready(300)
-        assert "waits for the final tier" in cluster.decode.log.read_text()
-        yield _Server(cluster.decode.url, cluster.events_file(Role.DECODE))
-    finally:
-        cluster.decode.stop()
+def ngram(ngram_begun):
+    server = ngram_begun.decode
+    server.wait_ready(300)
+    assert "waits for the final tier" in server.log.read_text()
+    return _Server(server.url, ngram_begun.events_file(Role.DECODE))
 
 
 def _metric(url, name):

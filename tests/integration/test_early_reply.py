@@ -4,7 +4,6 @@
 The early prefill server also chooses each request's plan itself.
 """
 
-import copy
 import json
 import re
 import time
@@ -12,11 +11,10 @@ import time
 import httpx
 import pytest
 
-from lynx_connector.testbed.cluster import Cluster, Side, free_port, router_process
-from lynx_connector.testbed.launch import Role
-from lynx_connector.testbed.link import loopback
+from lynx_connector.testbed.cluster import router_process
 
-from .conftest import LINK_MBIT, PREFILL_CHUNK
+from .conftest import LINK_MBIT
+from .lone_servers import PrefillOnly
 from .pair import post, prompt, tokens
 from .test_ends import leave_at
 
@@ -24,39 +22,20 @@ PROMPTS = 20
 OUTPUT_TOKENS = 64
 
 
-class EarlyPrefill:
-    """A prefill server that answers when a prefill begins, with a plan for each request; it has the
-    session pair's tables."""
-
-    def __init__(self, model, folder, pair):
-        self.bootstrap_port = free_port()
-        lynx = {
-            "bootstrap_port": self.bootstrap_port,
-            "learn_tokens": 2048,
-            "plan": "auto",
-            "tables_dir": str(pair.prefill_events.parent / "tables-prefill"),
-        }
-        arguments = ["--max-num-batched-tokens", str(PREFILL_CHUNK), "--served-model-name", "m"]
-        side = Side(lynx=lynx, vllm_args=arguments)
-        link = loopback(LINK_MBIT)
-        cluster = Cluster(model, folder, link=link, dtype="float32", router=False, prefill=side)
-        self.server = cluster.prefill
-        self.events_path = cluster.events_file(Role.PREFILL)
-
-
 @pytest.fixture(scope="module")
 def early(model, pair, tmp_path_factory):
-    """The session's pair with another prefill server."""
-    prefill = EarlyPrefill(model, tmp_path_factory.mktemp("early"), pair)
-    prefill.server.start()
-    view = copy.copy(pair)
-    view.prefill_url, view.prefill_events = prefill.server.url, prefill.events_path
-    view.bootstrap_port = prefill.bootstrap_port
-    try:
-        prefill.server.wait_ready(300)
-        yield view
-    finally:
-        prefill.server.stop()
+    """The session's pair with another prefill server, which answers when a prefill begins, with a
+    plan for each request; it begins with the session pair's tables."""
+    prefill = PrefillOnly(
+        model,
+        tmp_path_factory.mktemp("early"),
+        link_mbit=LINK_MBIT,
+        learn_tokens=2048,
+        plan="auto",
+        tables_dir=str(pair.prefill_events.parent / "tables-prefill"),
+    )
+    with prefill:
+        yield prefill.before(pair)
 
 
 @pytest.fixture

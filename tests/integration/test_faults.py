@@ -47,10 +47,24 @@ def reference(pair):
 
 
 def check_both(pair, strict, reference, make_params, cause):
-    """Recomputed on one instance, refused on the other; the cause is in both logs."""
+    """Recomputed on one instance, refused on the other at the same time; the cause is in both
+    logs."""
     expected = reference[1]
     since = pair.mark()
-    answer = pair.completion(TEXT, ignore_eos=True, kv_transfer_params=make_params())
+    params, strict_params = make_params(), make_params()
+
+    def refuse():
+        with pytest.raises(httpx.HTTPStatusError):
+            strict.completion(TEXT, ignore_eos=True, kv_transfer_params=strict_params)
+        assert cause in strict.server.log.read_text()
+        # The server goes on.
+        assert tokens(strict.completion(TEXT, ignore_eos=True)) == expected
+        httpx.post(strict.url + "/reset_prefix_cache", timeout=30, trust_env=False)
+
+    def recompute():
+        return pair.completion(TEXT, ignore_eos=True, kv_transfer_params=params)
+
+    answer, _ = pair.many([recompute, refuse])
     assert tokens(answer) == expected
     failed = pair.events(since, "failed")
     assert cause in failed[0]["cause"]
@@ -59,13 +73,6 @@ def check_both(pair, strict, reference, make_params, cause):
         word.rstrip(":") for line in log.splitlines() if cause in line for word in line.split()
     ]
     pair.forget()
-
-    with pytest.raises(httpx.HTTPStatusError):
-        strict.completion(TEXT, ignore_eos=True, kv_transfer_params=make_params())
-    assert cause in strict.server.log.read_text()
-    # The server goes on.
-    assert tokens(strict.completion(TEXT, ignore_eos=True)) == expected
-    httpx.post(strict.url + "/reset_prefix_cache", timeout=30, trust_env=False)
 
 
 @pytest.mark.parametrize(
@@ -224,5 +231,12 @@ def test_prefill_killed_between_tiers_and_before_the_fetch(pair, reference):
     assert tokens(answer) == reference[1]
     pair.forget()
 
+    # A restarted prefill begins with the tables that it had learned, and its consumer has them.
+    sent = len(pair.tables_sent())
     pair.restart_prefill()
+    again = pair.prefill_and_drop(TEXT)
+    assert again["lynx"]["codec"] == "klt"
+    assert again["lynx"]["tables"] == orphan["lynx"]["tables"]
+    pair.forget()
     pair.assert_same(TEXT, ignore_eos=True)
+    assert len(pair.tables_sent()) == sent
