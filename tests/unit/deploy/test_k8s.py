@@ -82,7 +82,7 @@ def test_rendered_overlay_fits_the_schema_and_llm_d() -> None:
     assert labels["llm-d.ai/inference-serving"] == "true"
     (sidecar,) = decode["spec"]["initContainers"]
     assert sidecar["restartPolicy"] == "Always"
-    assert f"--vllm-port={SETTINGS['DECODE_HTTP_PORT']}" in sidecar["args"]
+    assert SETTINGS["DECODE_HTTP_PORT"] == "8200"  # where the sidecar looks for vLLM by default
     kv, http = of["NetworkPolicy", "decode"]["spec"]["ingress"]
     assert [port["port"] for port in http["ports"]] == [int(SETTINGS["DECODE_HTTP_PORT"]), 8000]
     assert kv["ports"][0]["port"] == int(SETTINGS["DATA_PORT_FIRST"])
