@@ -31,12 +31,18 @@ def main() -> int:
         print(f"gpu-check: {sys.executable} lacks {', '.join(absent)}: nothing can run.")
         print("Name a Python that has them: make gpu-check PYTHON=/path/to/python3")
         return 2
-    facts = probe()
+    try:
+        facts = probe()
+    except RuntimeError as error:
+        print(f"gpu-check: {error}")
+        return 2
     rehearsal = facts["device"] is None
     print(f"Python {facts['python']}, torch {facts['torch']}, Triton {facts['triton']}")
     if rehearsal:
         print("NO GPU HERE (torch finds no CUDA device): Triton's interpreter runs the kernels on")
         print("the CPU, as a rehearsal of this check. It proves nothing about a GPU.")
+        if facts["driver"]:
+            print(f"nvidia-smi shows driver {facts['driver']}: is this torch built for CUDA?")
     else:
         print(f"{facts['device']}, sm_{facts['capability']}, driver {facts['driver']}")
     if facts["missing"]:

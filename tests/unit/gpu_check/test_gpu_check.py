@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,28 +25,39 @@ from scripts.gpu_check.kernels import KERNELS
 
 ROOT = Path(__file__).parents[3]
 GONE = ("numba", "msgspec", "xxhash", "typer", "rich", "pydantic", "vllm", "ucxx")
-BARE = f"""
+BARE = """
 from importlib.machinery import PathFinder
 find = PathFinder.find_spec
 PathFinder.find_spec = staticmethod(
-    lambda name, *more: None if name.partition(".")[0] in {GONE} else find(name, *more)
+    lambda name, *more: None if name.partition(".")[0] in {gone} else find(name, *more)
 )
 """
 INTERPRETED = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
 
 
-def test_rehearsal_on_a_machine_with_torch_and_triton_alone(tmp_path: Path) -> None:
-    (tmp_path / "sitecustomize.py").write_text(BARE)
-    report = tmp_path / "report.json"
-    arguments = ("--kernel", "raw", "--kernel", "hadamard", "--json", str(report))
-    done = subprocess.run(
+def run_without(gone: tuple[str, ...], folder: Path, *arguments: str) -> Any:
+    """The check on a machine without these packages and without a GPU."""
+    (folder / "sitecustomize.py").write_text(BARE.format(gone=gone))
+    return subprocess.run(
         [sys.executable, "-m", "scripts.gpu_check", *arguments],
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""},
+        env=os.environ | {"PYTHONPATH": str(folder), "CUDA_VISIBLE_DEVICES": ""},
         stdout=subprocess.PIPE,
         text=True,
         timeout=500,
     )
+
+
+def test_without_triton_nothing_runs_and_it_is_named(tmp_path: Path) -> None:
+    done = run_without(("triton", "numpy"), tmp_path)
+    assert done.returncode == 2
+    assert "lacks triton, numpy: nothing can run" in done.stdout
+
+
+def test_rehearsal_on_a_machine_with_torch_and_triton_alone(tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    arguments = ("--kernel", "raw", "--kernel", "hadamard", "--json", str(report))
+    done = run_without(GONE, tmp_path, *arguments)
     assert done.returncode == 0, done.stdout
     assert "NO GPU HERE" in done.stdout
     found = json.loads(report.read_text())
