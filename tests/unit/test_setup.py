@@ -16,7 +16,7 @@ from scripts.setup import base, lock, machine, pip, stamps, steps
 from scripts.setup.stamps import Step, run_steps
 
 ROOT = Path(__file__).parents[2]
-FILES = sorted((ROOT / "scripts").rglob("*.py"))
+FILES = sorted((ROOT / "scripts" / "setup").rglob("*.py"))
 
 
 # ---- what may be there before anything is installed

@@ -121,9 +121,25 @@ def test_without_root_the_sender_keeps_the_rate(monkeypatch):
 
 def test_a_missing_tool_is_named(monkeypatch):
     monkeypatch.setattr(link_module.os, "geteuid", lambda: 0)
+    monkeypatch.setattr(link_module, "_capabilities", lambda: -1)
     monkeypatch.setattr(link_module.shutil, "which", lambda tool: None if tool == "tc" else tool)
     assert "no tc" in netns_obstacle()
     assert "iproute2" in netns_obstacle()
+
+
+@pytest.mark.parametrize(
+    ("held", "lacking"),
+    [
+        ("00000000a80425fb", "no CAP_NET_ADMIN and CAP_SYS_ADMIN"),  # a container's default
+        ("00000000a80435fb", "no CAP_SYS_ADMIN"),
+    ],
+    ids=["default", "net-admin"],
+)
+def test_root_in_a_container_lacks_capabilities(monkeypatch, held, lacking):
+    status = f"Uid:\t0\nCapPrm:\tffffffffffffffff\nCapEff:\t{held}\n"
+    monkeypatch.setattr(link_module.os, "geteuid", lambda: 0)
+    monkeypatch.setattr(link_module.Path, "read_text", lambda self: status)
+    assert netns_obstacle() == lacking
 
 
 def test_loopback_without_limit():

@@ -73,6 +73,43 @@ def test_without_space_nothing_is_fetched(monkeypatch):
         ensure_model()
 
 
+@pytest.fixture
+def convert_as(monkeypatch, tmp_path: Path):
+    """Conversion by the given function, of a file that was not fetched."""
+
+    def replace(convert) -> None:
+        monkeypatch.setattr(model_module, "_fetch", lambda scratch, progress: tmp_path / "x.gguf")
+        monkeypatch.setattr("lynx_connector.testbed.gguf_model.convert", convert)
+
+    return replace
+
+
+def test_other_users_can_read_the_model(convert_as):
+    """A container makes it as one user and serves it as another."""
+
+    def convert(gguf_file: Path, made: Path) -> None:
+        for name in ("config.json", "model.safetensors"):
+            (made / name).write_text("{}")
+            (made / name).chmod(0o600)
+
+    convert_as(convert)
+    folder = ensure_model()
+    modes = {file.name: file.stat().st_mode & 0o777 for file in folder.iterdir()}
+    assert modes == dict.fromkeys(("config.json", "model.safetensors", MARKER), 0o644)
+    assert folder.stat().st_mode & 0o005 == 0o005
+
+
+def test_a_package_that_the_conversion_lacks_is_named(convert_as):
+    """transformers' own error has no name."""
+
+    def convert(gguf_file: Path, made: Path) -> None:
+        raise ModuleNotFoundError("Could not import module 'LlamaConfig'. Is it installed?")
+
+    convert_as(convert)
+    with pytest.raises(ModelError, match=r"LlamaConfig.*pip install"):
+        ensure_model()
+
+
 def test_a_damaged_model_is_replaced_as_a_whole(tmp_path: Path):
     folder = model_folder()
     folder.mkdir(parents=True)
