@@ -15,6 +15,7 @@ Version history:
        consumer's step time, the handoff how many drafts are worth it.
     4  Hold: a consumer keeps the lease of what it cannot fetch yet. Prefilling also answers a
        Fetch, so that a producer that hangs is told from a busy one.
+    5  Sent: a fetch's last frame is out, so that a lost one is missed at once.
 """
 
 import struct
@@ -25,7 +26,7 @@ from msgspec import Meta
 
 from lynx_connector.errors import ProtocolError, shown
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 
 SLOT_BYTES = 1024
 _LENGTH = struct.Struct("<4sI")
@@ -151,6 +152,12 @@ class Prefilling(Message):
     connection waits for still run."""
 
 
+class Sent(Message):
+    """Producer: every frame that a Fetch asked for was sent before this."""
+
+    transfer_id: Id
+
+
 class TablesRequest(Message):
     """Consumer asks for learned tables; answered by `Tables` or `NoTables`."""
 
@@ -216,6 +223,7 @@ AnyMessage = (
     | Failure
     | Prefilled
     | Prefilling
+    | Sent
     | TablesRequest
     | Tables
     | NoTables

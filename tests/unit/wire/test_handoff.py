@@ -58,7 +58,7 @@ def test_handoff_names_tables_per_rank():
 
 def test_a_reply_is_read_as_it_was_written():
     lynx = LynxParams(
-        version=4,
+        version=5,
         num_tokens=10,
         codec="klt",
         exact_first=1,
