@@ -57,7 +57,7 @@ class Fleet:
             self._common.append("--enforce-eager")
         if adapters:
             self._common += model.adapter_arguments(self._model)
-        plugin = write_plugin(folder / "plugin")
+        plugin = write_plugin(folder / "plugin", adapters)
         self._environment = {
             **os.environ,
             **site_environment(str(self._model), loopback(0).prefill),
