@@ -4,6 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 MINUTES ?= 30
+FUZZ ?= 1000000
 # A file stays with one worker, so that nothing is set up twice.
 IN_PARALLEL := -n logical --maxprocesses 4 --dist loadfile
 
@@ -13,7 +14,7 @@ IN_PARALLEL := -n logical --maxprocesses 4 --dist loadfile
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
 	@echo
-	@echo 'Variables: PYTHON (>= 3.11), MINUTES (of soak), and ARGS: options of `lynx demo`, of pytest'
+	@echo 'Variables: PYTHON (>= 3.11), MINUTES and FUZZ (of soak), and ARGS: options of `lynx demo`, of pytest'
 	@echo '(test, test-fast), of `python -m tests.soak` or of `python -m scripts.gpu_check`'
 
 setup: ## make .venv with vLLM for this machine, and the small model
@@ -27,13 +28,14 @@ ifdef ARGS
 	$(BIN)/python -m pytest $(ARGS)
 else
 	$(BIN)/python -m pytest $(IN_PARALLEL) tests/unit
-	$(BIN)/python -m pytest --ignore tests/unit --ignore tests/soak
+	$(BIN)/python -m pytest --ignore tests/unit
 endif
 
 test-fast: setup ## the tests that need no vLLM server or engine, at most 4 minutes
 	$(BIN)/python -m pytest $(IN_PARALLEL) tests/unit $(ARGS)
 
-soak: setup ## MINUTES (30) of mixed load with faults on four servers; report and picture in soak/
+soak: setup ## a million inputs a parser, MINUTES (30) of mixed load with faults; report in soak/
+	LYNX_FUZZ_INPUTS=$(FUZZ) $(BIN)/python -m pytest -n logical --maxprocesses 4 -o timeout=3600 tests/unit/fuzz
 	$(BIN)/python -m tests.soak --minutes $(MINUTES) --out soak $(ARGS)
 
 gpu-check: ## all Triton kernels, in 8 minutes; no setup: PYTHON needs torch, Triton and numpy

@@ -239,6 +239,8 @@ class _Peer:
                         self.fail(sink, f"{self._name}: {message.cause}")
                 elif isinstance(message, messages.Prefilled):
                     self._prefilled(message)
+                elif isinstance(message, messages.Sent):
+                    self._sent(connection, message)
                 elif not isinstance(message, messages.Prefilling):
                     raise ProtocolError(f"unexpected {type(message).__name__}")
         except (LynxError, ConnectionError) as error:
@@ -311,6 +313,12 @@ class _Peer:
             self.fail(sink, f"{self._name}: {message.cause}")
         else:
             sink.prefilled(message.first_token)
+
+    def _sent(self, connection: Connection, message: messages.Sent) -> None:
+        """What is not here by now will not come, however much else does."""
+        sink = self.sinks.get(message.transfer_id)
+        if sink is not None and message.transfer_id not in self._complete:
+            self._give_up(connection, sink, f"{self._name}: frames were lost on the way")
 
     async def _receive_tables(self, connection: Connection, header: messages.Tables) -> None:
         buffer = self._wanted.buffer(header)

@@ -14,7 +14,7 @@ from lynx_connector.transport.door import Door
 from lynx_connector.transport.handshake import PROBE, Identity
 from lynx_connector.transport.rate import RateMeter
 from lynx_connector.transport.sender import LinkSender
-from lynx_connector.transport.sources import TablesFinder, TablesSource, TierSource
+from lynx_connector.transport.sources import Delivery, TablesFinder, TablesSource, TierSource
 from lynx_connector.wire import messages
 
 logger = logging.getLogger("vllm.lynx.server")
@@ -172,12 +172,18 @@ class _Session:
         )
         self._connection.post(messages.Prefilling())
         self._prefilling[fetch.transfer_id] = transfer
-        order, stream = server._sender.number(), None
+        order, delivery, stream = server._sender.number(), Delivery(), None
         for tier in transfer.buffers.tiers:
             stream = TierStream(transfer, tier, fetch.first_token, stream)
             if not stream.finished:
                 source = TierSource(
-                    server._sender, server._store, server._events, self._connection, order, stream
+                    server._sender,
+                    server._store,
+                    server._events,
+                    self._connection,
+                    order,
+                    stream,
+                    delivery,
                 )
                 server._sender.add(source)
         self.send_outcomes()

@@ -20,6 +20,20 @@ TABLES_RANK = -1
 """Before every tier: without tables no frame can be decoded."""
 
 
+class Delivery:
+    """What one fetch has still to bring; its tiers share it."""
+
+    def __init__(self) -> None:
+        self.streams: list[TierStream] = []
+        self.in_flight = 0
+        """Frames that were taken and that the peer does not have."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether the peer has every frame."""
+        return not self.in_flight and all(stream.finished for stream in self.streams)
+
+
 class TierSource(FrameSource):
     """One tier of one transfer to one consumer."""
 
@@ -31,6 +45,7 @@ class TierSource(FrameSource):
         connection: Connection,
         order: int,
         stream: TierStream,
+        delivery: Delivery,
     ):
         super().__init__(connection, int(stream.tier), order, stream.transfer.transfer_id)
         self.transfer: StagedTransfer = stream.transfer
@@ -38,6 +53,8 @@ class TierSource(FrameSource):
         self._store = store
         self._events = events
         self._stream = stream
+        self._delivery = delivery
+        delivery.streams.append(stream)
 
     @property
     def ready(self) -> bool:
@@ -60,6 +77,7 @@ class TierSource(FrameSource):
             self._abandon()
             return None
         out = self._stream.take(max_bytes)
+        self._delivery.in_flight += 1
         self.transfer.touch()
         header = messages.Frame(
             self.key,
@@ -101,6 +119,9 @@ class TierSource(FrameSource):
             queue_seconds=round(waited, 4),
             seconds=round(seconds, 4),
         )
+        self._delivery.in_flight -= 1
+        if self._delivery.complete:
+            self.connection.post(messages.Sent(self.key))
 
     @staticmethod
     def _end_of(out: Outgoing) -> int:

@@ -17,7 +17,8 @@ Version history:
        payloads alone, between endpoints made from worker addresses (Ready, Join, Joined).
        Proofs cover versions and keys; with a secret messages are sealed, with `encrypt` payloads,
        too. Hold: a consumer keeps the lease of what it cannot fetch yet. Prefilling also answers
-       a Fetch, so that a producer that hangs is told from a busy one.
+       a Fetch, so that a producer that hangs is told from a busy one. Sent: a fetch's last frame
+       is out, so that a lost one is missed at once.
 """
 
 import struct
@@ -186,6 +187,12 @@ class Prefilling(Message):
     connection waits for still run."""
 
 
+class Sent(Message):
+    """Producer: every frame that a Fetch asked for was sent before this."""
+
+    transfer_id: Id
+
+
 class TablesRequest(Message):
     """Consumer asks for learned tables; answered by `Tables` or `NoTables`."""
 
@@ -253,6 +260,7 @@ AnyMessage = (
     | Failure
     | Prefilled
     | Prefilling
+    | Sent
     | TablesRequest
     | Tables
     | NoTables

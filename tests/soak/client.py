@@ -124,4 +124,6 @@ def _answer(choices: dict[int, Choice], params: dict[str, Any] | None) -> Answer
         raise RequestError(0, "an answer without a choice")
     if any(choice.finish is None for choice in answer.choices):
         raise RequestError(0, "the answer ended before its finish_reason")
+    if any(choice.finish == "abort" for choice in answer.choices):
+        raise RequestError(0, "aborted by a server that ends")
     return answer

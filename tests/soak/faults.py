@@ -14,6 +14,9 @@ from tests.soak.servers import ready
 KILL, STOP, TERM = "kill", "stop", "term"
 DIED = "died"
 """Of a window: nobody did anything to that server."""
+ROLL = "roll"
+"""Of a window: the server was restarted behind a router that knew."""
+GRACE_SECONDS = 60
 FAULTS = (KILL, STOP, TERM)
 STOP_SECONDS = (3.0, 20.0)
 DEAD_SECONDS = 3.0
@@ -107,26 +110,39 @@ class ServerFaults:
                 window.end = time.time()
             await asyncio.sleep(1.0)
 
+    async def roll(self, server: ServerProcess) -> None:
+        """Tell a server to go, wait for its end, and start it again.
+
+        Raises:
+            ServerError: it did not come back.
+        """
+        await self._replace(server, Window(ROLL, server.name, time.time()))
+
     async def _one(self, kind: str, server: ServerProcess) -> None:
         if not server.running:
             return  # it has died by itself, and is being looked after
-        self._away.add(server.name)
         window = Window(kind, server.name, time.time())
+        if kind != STOP:
+            await self._replace(server, window)
+            return
         self.windows.append(window)
-        if kind == STOP:
-            server.kill(signal.SIGSTOP)
-            try:
-                await asyncio.sleep(self._rng.uniform(*STOP_SECONDS))
-            finally:
-                server.kill(signal.SIGCONT)
-        else:
-            if kind == KILL:
-                server.kill()
-            began = time.time()
-            await asyncio.to_thread(server.stop, 60)
-            window.note = f"gone after {time.time() - began:.1f} s"
-            await asyncio.sleep(DEAD_SECONDS)
-            await self._restart(server)
+        server.kill(signal.SIGSTOP)
+        try:
+            await asyncio.sleep(self._rng.uniform(*STOP_SECONDS))
+        finally:
+            server.kill(signal.SIGCONT)
+        window.end = time.time()
+
+    async def _replace(self, server: ServerProcess, window: Window) -> None:
+        self._away.add(server.name)
+        self.windows.append(window)
+        if window.what == KILL:
+            server.kill()
+        began = time.time()
+        await asyncio.to_thread(server.stop, GRACE_SECONDS)
+        window.note = f"gone after {time.time() - began:.1f} s"
+        await asyncio.sleep(DEAD_SECONDS)
+        await self._restart(server)
         window.end = time.time()
         self._away.discard(server.name)
 

@@ -4,7 +4,7 @@
 import asyncio
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +59,9 @@ class Load:
         trouble: Callable[[], float] = lambda: 0.0,
     ):
         self.outcomes: list[Outcome] = []
+        self.router = fleet.router
+        """Where requests go from now on."""
+        self._open: set[asyncio.Future[Any]] = set()
         self._fleet = fleet
         self._cases = cases
         self._turns = turns
@@ -68,13 +71,38 @@ class Load:
 
     async def run(self, until: float) -> None:
         """Ask until `until` (Unix seconds), then wait for what is open."""
+        await self._run(self._cases, lambda: time.time() < until)
+
+    async def run_beside(self, work: Coroutine[Any, Any, None]) -> None:
+        """Ask through the router only until `work` is done, then wait for what is open."""
+        working = asyncio.ensure_future(work)
+        routed = [case for case in self._cases if case.route is Route.ROUTER]
+        try:
+            await self._run(routed, lambda: not working.done())
+        finally:
+            working.cancel()
+            await asyncio.wait([working])
+        working.result()
+
+    async def answered(self) -> None:
+        """Wait until all that is open now has ended."""
+        if self._open:
+            await asyncio.wait(set(self._open))
+
+    async def _run(self, cases: Sequence[Case], go_on: Callable[[], bool]) -> None:
         async with new_client(4 * len(self._rngs)) as http, asyncio.TaskGroup() as clients:
             for rng in self._rngs:
-                clients.create_task(self._client(http, rng, until))
+                clients.create_task(self._client(http, rng, cases, go_on))
 
-    async def _client(self, http: httpx.AsyncClient, rng: random.Random, until: float) -> None:
-        while time.time() < until:
-            case = rng.choice(self._cases)
+    async def _client(
+        self,
+        http: httpx.AsyncClient,
+        rng: random.Random,
+        cases: Sequence[Case],
+        go_on: Callable[[], bool],
+    ) -> None:
+        while go_on():
+            case = rng.choice(cases)
             for turn in self._turns[case.name]:
                 outcome = await self._one(http, rng, case, turn)
                 self.outcomes.append(outcome)
@@ -89,6 +117,8 @@ class Load:
         start = time.time()
         leaves = rng.expovariate(1 / PATIENCE) if rng.random() < self._leave else None
         asking = asyncio.ensure_future(self._send(http, rng, case, turn))
+        self._open.add(asking)
+        asking.add_done_callback(self._open.discard)
         verdict, detail, status = Verdict.NEVER, "", 0
         try:
             if leaves is not None:
@@ -135,7 +165,7 @@ class Load:
         """Every answer that has to be held against the turn."""
         path, body = case.path, turn.body
         if case.route is Route.ROUTER:
-            return [await ask(http, self._fleet.router.url, path, body, case.stream)]
+            return [await ask(http, self.router.url, path, body, case.stream)]
         decode = rng.choice(self._fleet.decodes).url
         if case.route is Route.PLAIN:
             return [await ask(http, decode, path, body, case.stream)]

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.soak.faults import STOP, Window
+from tests.soak.faults import ROLL, STOP, Window
 from tests.soak.load import Outcome
 from tests.soak.reference import GOOD, Verdict
 from tests.soak.servers import HEALTH_SECONDS
@@ -43,10 +43,10 @@ def excuse(outcome: Outcome, windows: Sequence[Window]) -> str | None:
 
     A killed or terminated server may fail what it was answering, and what is sent to it until the
     router has looked again. A stopped one may only make the router give it up: what was sent to
-    it before has to be answered.
+    it before has to be answered. A rolling restart excuses nothing.
     """
     for window in windows:
-        if not window.overlaps(outcome.start, outcome.end, ROUTER_SECONDS):
+        if window.what == ROLL or not window.overlaps(outcome.start, outcome.end, ROUTER_SECONDS):
             continue
         given_up = "No available workers" in outcome.detail
         if window.what != STOP or given_up:
@@ -100,6 +100,7 @@ def summary(
     failed_starts: Sequence[str],
     died: Sequence[str],
     wanted_requests: int,
+    whole: bool = True,
 ) -> dict[str, Any]:
     """The whole report, as it is written."""
     failed = [outcome for outcome in outcomes if outcome.verdict is Verdict.FAILED]
@@ -112,6 +113,7 @@ def summary(
     goals.append(
         Goal("starts that fail", "0", str(len(failed_starts)), not failed_starts),
     )
+    goals.append(Goal("ran to its end", "yes", "yes" if whole else "no", whole))
     return {
         "settings": settings,
         "goals": [asdict(goal) for goal in goals],
@@ -225,6 +227,19 @@ def write(folder: Path, report: dict[str, Any], outcomes: Sequence[Outcome]) -> 
     _draw(folder / "soak.png", report, outcomes)
 
 
+def read(folder: Path) -> dict[str, Any] | None:
+    """What `write` left in `folder`, if anything."""
+    path = folder / "soak.json"
+    found: dict[str, Any] | None = json.loads(path.read_text()) if path.exists() else None
+    return found
+
+
+def remove(folder: Path) -> None:
+    """Forget the report of an earlier run."""
+    for name in ("soak.json", "soak.png"):
+        (folder / name).unlink(missing_ok=True)
+
+
 def _draw(path: Path, report: dict[str, Any], outcomes: Sequence[Outcome]) -> None:
     import matplotlib
 
@@ -275,13 +290,15 @@ def _draw(path: Path, report: dict[str, Any], outcomes: Sequence[Outcome]) -> No
     for axis in axes:
         for window in report["server_faults"]:
             left, right = window["start"] - start, (window["end"] or end + start) - start
-            colour = "tab:blue" if window["what"] == STOP else "tab:red"
+            colour = {STOP: "tab:blue", ROLL: "tab:green"}.get(window["what"], "tab:red")
             axis.axvspan(left, right, color=colour, alpha=0.12)
         for rest in report["rests"]:
             axis.axvline(rest["t"] - start, color="black", lw=0.5, ls=":")
     for window in report["server_faults"]:
         note = f"{window['what']} {window['server']}"
         rate.annotate(note, (window["start"] - start, 0), rotation=90, fontsize=7, va="bottom")
-    axes[-1].set_xlabel("seconds; red: a server is away, blue: stopped, dotted: at rest")
+    axes[-1].set_xlabel(
+        "seconds; red: a server is away, blue: stopped, green: rolling restart, dotted: at rest"
+    )
     figure.savefig(path, dpi=100)
     plt.close(figure)

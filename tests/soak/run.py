@@ -4,6 +4,7 @@
 import argparse
 import asyncio
 import random
+import signal
 import tempfile
 import time
 from collections import Counter
@@ -12,16 +13,20 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lynx_connector.testbed.process import ServerError
 from tests.soak import faults as server_faults
 from tests.soak import kinds, reference, report, transport_faults
 from tests.soak.faults import ServerFaults
 from tests.soak.load import Load
+from tests.soak.rolling import roll
 from tests.soak.servers import LEASE_SECONDS, TRANSFER_TIMEOUT_SECONDS, Fleet
 from tests.soak.watch import Watch
 
 WARM_UP_SECONDS = 20.0
 SETTLE_SECONDS = LEASE_SECONDS + TRANSFER_TIMEOUT_SECONDS + 30.0
 WANTED_A_MINUTE = 334
+TELL_SECONDS = 30.0
+MIN_FAULTS_SECONDS = 60.0
 LONG_MINUTES = 15
 
 
@@ -43,6 +48,8 @@ class Settings:
     fault_every: float = 60.0
     transport_faults: tuple[str, ...] = transport_faults.FAULTS
     one_in: int = 16
+    rolling: bool = True
+    """Begin with a rolling restart of the roles that have two servers."""
     events: bool = False
     rest_every: float = 300.0
     sample_every: float = 5.0
@@ -69,7 +76,14 @@ def soak(settings: Settings, say: Callable[[str], None] = print) -> dict[str, An
         ServerError: servers did not start, or one did not come back.
     """
     settings.out.mkdir(parents=True, exist_ok=True)
-    return asyncio.run(_Soak(settings, say).run())
+
+    async def run() -> dict[str, Any]:
+        work = asyncio.ensure_future(_Soak(settings, say).run())
+        # As Ctrl-C: the report tells what was seen until then.
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, work.cancel)
+        return await work
+
+    return asyncio.run(run())
 
 
 class _Soak:
@@ -79,6 +93,7 @@ class _Soak:
         self._injecting = settings.out / "transport-faults.json"
         self._notes = self._injecting.with_suffix(".jsonl")
         self._notes.unlink(missing_ok=True)
+        report.remove(settings.out)
 
     async def run(self) -> dict[str, Any]:
         settings = self._settings
@@ -140,14 +155,17 @@ class _Soak:
         )
         watching = asyncio.ensure_future(watch.run(settings.sample_every))
         care = asyncio.ensure_future(faults.look_after())
-        work = asyncio.ensure_future(self._phases(load, faults, watch))
+        telling = asyncio.ensure_future(self._tell(load))
+        work = asyncio.ensure_future(self._phases(fleet, load, faults, watch))
+        whole = False
         try:
             done, _ = await asyncio.wait([work, care], return_when=asyncio.FIRST_COMPLETED)
             done.pop().result()
+            whole = True
         finally:
-            for task in (watching, care, work):
+            for task in (watching, care, telling, work):
                 task.cancel()
-            await asyncio.wait([watching, care, work])
+            await asyncio.wait([watching, care, telling, work])
             found = report.summary(
                 {**asdict(settings), "out": settings.out.name},
                 load.outcomes,
@@ -157,24 +175,35 @@ class _Soak:
                 faults.failed_starts,
                 faults.died,
                 int(settings.wanted_a_minute * settings.minutes),
+                whole,
             )
             report.write(settings.out, found, load.outcomes)
         return found
 
-    async def _phases(self, load: Load, faults: ServerFaults, watch: Watch) -> None:
-        """Warm up, rest, then load with faults and rests until the time is over."""
+    async def _tell(self, load: Load) -> None:
+        """One line every `TELL_SECONDS`, until cancelled."""
+        began = time.time()
+        while True:
+            await asyncio.sleep(TELL_SECONDS)
+            self._say(self._progress(load, began))
+
+    async def _phases(self, fleet: Fleet, load: Load, faults: ServerFaults, watch: Watch) -> None:
+        """Warm up, rest, roll, then load with faults and rests until the time is over."""
         settings = self._settings
         self._say("warm-up")
         await load.run(time.time() + min(WARM_UP_SECONDS, settings.minutes * 10))
         await self._rest(watch)
         self._inject(True)
         began = time.time()
-        end = began + settings.minutes * 60
+        if settings.rolling and fleet.replaceable:
+            self._say("rolling restart")
+            await load.run_beside(roll(fleet, load, faults, self._say))
+        # However long that took, faults come, too.
+        end = max(began + settings.minutes * 60, time.time() + MIN_FAULTS_SECONDS)
         while time.time() < end:
             pause = min(time.time() + settings.rest_every, end)
             kinds_now = settings.faults_at(time.time() - began)
             await asyncio.gather(load.run(pause), faults.run(kinds_now, pause - 10))
-            self._say(self._progress(load, began))
             if time.time() >= end:
                 self._inject(False)
             await self._rest(watch)
@@ -189,7 +218,9 @@ class _Soak:
 
     def _progress(self, load: Load, began: float) -> str:
         counts = Counter(str(outcome.verdict) for outcome in load.outcomes)
-        return f"{time.time() - began:.0f} s: {dict(counts)}"
+        seconds = time.time() - began
+        rate = len(load.outcomes) / seconds
+        return f"{seconds:.0f} s, {rate:.1f} requests a second: {dict(counts)}"
 
 
 def _names(value: str) -> list[str]:
@@ -224,6 +255,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="of lost,flipped,cut,repeated,late; empty: none",
     )
     add("--one-in", type=int, default=16, help="frames of which one meets a transport fault")
+    add("--no-rolling", dest="rolling", action="store_false", help="no rolling restart")
     add("--events", action="store_true", help="keep every server's events, for `lynx trace`")
     given = parser.parse_args(arguments)
     try:
@@ -244,13 +276,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         fault_every=given.fault_every,
         transport_faults=tuple(given.transport_faults),
         one_in=given.one_in,
+        rolling=given.rolling,
         events=given.events,
     )
     print(f"kinds: {', '.join(chosen)}")
     for name in kinds.FAILING_TODAY:
         if name not in chosen:
             print(f"left out: {name} ({kinds.FAILING_TODAY[name]})")
-    found = soak(settings, lambda line: print(line, flush=True))
+    try:
+        found = soak(settings, lambda line: print(line, flush=True))
+    except (ServerError, KeyboardInterrupt, asyncio.CancelledError) as error:
+        print(f"ended early: {error or type(error).__name__}")
+        found = report.read(settings.out)
+        if found is None:
+            return 1
     print(report.text(found))
     print(f"report and picture: {settings.out / 'soak.json'}, {settings.out / 'soak.png'}")
     return 0 if all(goal["met"] is not False for goal in found["goals"]) else 1

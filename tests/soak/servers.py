@@ -20,6 +20,7 @@ from tests.soak.transport_faults import SETTINGS_VARIABLE, write_plugin
 ROOT = Path(__file__).parents[2]
 LEASE_SECONDS = 20
 TRANSFER_TIMEOUT_SECONDS = 10
+SHUTDOWN_SECONDS = 30
 HEALTH_SECONDS = 3
 """Between the router's looks at a server: it sends a request to a dead one for about so long."""
 BLOCKS = {Role.PREFILL: 220, Role.DECODE: 120}
@@ -56,7 +57,7 @@ class Fleet:
             self._common.append("--enforce-eager")
         if adapters:
             self._common += model.adapter_arguments(self._model)
-        plugin = write_plugin(folder / "plugin")
+        plugin = write_plugin(folder / "plugin", adapters)
         self._environment = {
             **os.environ,
             **site_environment(str(self._model), loopback(0).prefill),
@@ -76,13 +77,19 @@ class Fleet:
             self._engine(Role.DECODE, index, cores[-1 - index % len(cores)])
             for index in range(decodes)
         ]
-        self.router = self._router()
+        self.router = self.make_router("router")
         self.reference = self._reference(cores)
 
     @property
     def engines(self) -> list[ServerProcess]:
         """Prefills and decodes."""
         return [*self.prefills, *self.decodes]
+
+    @property
+    def replaceable(self) -> list[ServerProcess]:
+        """Engines beside which there are others of their role."""
+        roles = (self.prefills, self.decodes)
+        return [server for role in roles if len(role) > 1 for server in role]
 
     async def start_reference(self, timeout: float) -> None:
         """Start the plain server and wait for it."""
@@ -130,6 +137,8 @@ class Fleet:
             *self._common,
             *transfer_flag(role.kv_role, "recompute", lynx),
             *("--num-gpu-blocks-override", str(BLOCKS[role])),
+            # On SIGTERM what was begun is finished, and staged tiers are served.
+            *("--shutdown-timeout", str(SHUTDOWN_SECONDS)),
             # A prefill of several chunks is answered before its end.
             *("--max-num-batched-tokens", "1024" if role is Role.PREFILL else "2048"),
         ]
@@ -155,7 +164,8 @@ class Fleet:
             self._environment | environment,
         )
 
-    def _router(self) -> ServerProcess:
+    def make_router(self, name: str) -> ServerProcess:
+        """A router of all engines, to be started and stopped by who asks."""
         port = free_port()
         command = [console_script("vllm-router"), "--host", "127.0.0.1", "--port", str(port)]
         command += ["--prometheus-port", str(free_port()), "--vllm-pd-disaggregation"]
@@ -169,9 +179,9 @@ class Fleet:
         # A busy machine answers late: a server that is merely slow has to stay in.
         command += ["--health-check-timeout-secs", "10", "--health-failure-threshold", "1"]
         command += ["--health-success-threshold", "1", "--log-level", "warning"]
-        log = self._folder / "router.log"
+        log = self._folder / f"{name}.log"
         environment = {**os.environ, "NO_PROXY": "*"}
-        return ServerProcess("router", command, f"http://127.0.0.1:{port}", log, environment)
+        return ServerProcess(name, command, f"http://127.0.0.1:{port}", log, environment)
 
 
 async def ready(servers: Sequence[ServerProcess], timeout: float) -> None:

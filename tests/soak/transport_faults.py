@@ -22,14 +22,18 @@ FAULTS = ("lost", "flipped", "cut", "repeated", "late")
 LATE_SECONDS = (0.05, 2.0)
 
 
-def write_plugin(folder: Path) -> Path:
-    """Make the distribution in `folder`; returns what belongs into PYTHONPATH."""
+def write_plugin(folder: Path, adapters: bool = False) -> Path:
+    """Make the distribution in `folder`; returns what belongs into PYTHONPATH.
+
+    adapters: mend vLLM's CPU kernels for LoRA, too, for requests beside those with an adapter.
+    """
     info = folder / "lynx_soak_faults-0.dist-info"
     info.mkdir(parents=True, exist_ok=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: lynx-soak-faults\nVersion: 0\n")
-    (info / "entry_points.txt").write_text(
-        f"[vllm.general_plugins]\nlynx_soak_faults = {__name__}:install\n"
-    )
+    plugins = f"[vllm.general_plugins]\nlynx_soak_faults = {__name__}:install\n"
+    if adapters:
+        plugins += "lynx_soak_adapters = tests.scheduler.engine:spare_base_requests\n"
+    (info / "entry_points.txt").write_text(plugins)
     return folder
 
 

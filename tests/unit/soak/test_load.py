@@ -67,6 +67,7 @@ def test_a_chat_brings_its_logprobs():
         (httpx.Response(500, text="gone"), True, 500),
         (httpx.Response(200, text="<html>"), False, 0),
         (httpx.Response(200, json={"choices": []}), False, 0),
+        (httpx.Response(200, json={"choices": [ANSWER | {"finish_reason": "abort"}]}), False, 0),
         (httpx.Response(200, text=events({"error": {"message": "gone"}})), True, 0),
         (
             httpx.Response(200, text=events({"choices": [{"index": 0, "text": "a"}]}, done=False)),

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from tests.soak import report
-from tests.soak.faults import KILL, STOP, TERM, Window
+from tests.soak.faults import KILL, ROLL, STOP, TERM, Window
 from tests.soak.load import Outcome
 from tests.soak.reference import Verdict
 from tests.soak.watch import Rest, Sample, Watch
@@ -38,6 +38,17 @@ def test_a_stopped_server_excuses_only_that_the_router_gave_it_up():
     window = Window(STOP, "prefill-0", 100.0, 110.0)
     assert report.excuse(outcome(101, 102), [window]) is None
     assert report.excuse(outcome(101, 102, detail=GIVEN_UP), [window]) == "stop prefill-0"
+
+
+def test_a_rolling_restart_excuses_nothing():
+    window = Window(ROLL, "prefill-0", 100.0, 110.0)
+    assert report.excuse(outcome(101, 102), [window]) is None
+    assert report.excuse(outcome(101, 102, detail=GIVEN_UP), [window]) is None
+
+
+def test_a_run_that_was_interrupted_misses_its_goals():
+    found = report.summary({}, [], [], Watch([]), [], [], [], 0, whole=False)
+    assert [goal["name"] for goal in found["goals"] if goal["met"] is False] == ["ran to its end"]
 
 
 def test_a_fault_that_lasts_excuses_until_now():
@@ -113,3 +124,6 @@ def test_report_and_picture_are_written(tmp_path):
     assert json.loads((tmp_path / "soak.json").read_text())["requests"] == len(outcomes)
     assert (tmp_path / "soak.png").stat().st_size > 10_000
     assert "MISS wrong: 1" in report.text(found)
+    assert report.read(tmp_path)["verdicts"] == found["verdicts"]
+    report.remove(tmp_path)
+    assert report.read(tmp_path) is None

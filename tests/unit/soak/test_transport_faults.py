@@ -10,6 +10,7 @@ import pytest
 
 from lynx_connector.transport.connection import Connection
 from lynx_connector.wire import messages
+from tests.scheduler import engine
 from tests.soak import transport_faults
 from tests.soak.transport_faults import FAULTS, SETTINGS_VARIABLE
 
@@ -117,3 +118,12 @@ def test_vllm_finds_the_plugin_in_its_folder(tmp_path):
     (entry,) = found.entry_points
     assert entry.group == "vllm.general_plugins"
     assert entry.load() is transport_faults.install
+
+
+def test_servers_with_adapters_have_the_kernels_mended(tmp_path):
+    folder = transport_faults.write_plugin(tmp_path / "plugin", adapters=True)
+    (found,) = importlib.metadata.distributions(path=[str(folder)])
+    assert {entry.load() for entry in found.entry_points} == {
+        transport_faults.install,
+        engine.spare_base_requests,
+    }

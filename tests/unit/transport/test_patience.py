@@ -8,12 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lynx_connector.codec import Tier
 from lynx_connector.transport import client as client_module
 from lynx_connector.transport.client import TierClient
+from lynx_connector.transport.connection import Connection
 from lynx_connector.transport.holds import Holds
 from lynx_connector.wire import messages
 
-from .pair import NoTablesNeeded, Pair, receive, until
+from .pair import TOKENS, NoTablesNeeded, Pair, receive, until
 
 
 @pytest.fixture
@@ -86,6 +88,40 @@ def test_any_number_of_transfers_fits_into_slots(names):
 
     asyncio.run(run())
     assert set(sent) == names
+
+
+def end_of(frame):
+    return frame.first_token + frame.num_tokens
+
+
+@pytest.mark.parametrize(("tier", "last"), [(Tier.ANCHOR, TOKENS), (Tier.RESIDUAL, TOKENS - 16)])
+def test_a_last_frame_that_is_lost_is_missed_while_others_come(ucx_loop, monkeypatch, tier, last):
+    """Not by silence: the connection is heard of all the time."""
+    whole = Connection.send
+
+    async def lossy(self, message, payload=None):
+        frame = message if isinstance(message, messages.Frame) else None
+        if frame is None or (frame.transfer_id, frame.tier, end_of(frame)) != (
+            "unlucky",
+            tier,
+            last,
+        ):
+            await whole(self, message, payload)
+
+    monkeypatch.setattr(Connection, "send", lossy)
+    pair = Pair(ucx_loop)
+    pair.client._timeout = 3600.0
+    pair.stage("unlucky")
+    unlucky = pair.fetch("unlucky")
+    for number in range(4):
+        pair.stage(f"other-{number}")
+        other = pair.fetch(f"other-{number}")
+        receive(other)
+        assert other.refined
+    until(lambda: unlucky.failure)
+    assert unlucky.failure.endswith("frames were lost on the way")
+    until(lambda: len(pair.store) == 4)  # it was released; nobody has released the others
+    pair.close()
 
 
 class Frozen:
