@@ -22,6 +22,7 @@ class Wires:
     """A connection's socket and UCX path; what it sends, as bytes in order."""
 
     peer = "peer"
+    seals = None
 
     def __init__(self):
         self.sent = []
