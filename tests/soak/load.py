@@ -23,6 +23,9 @@ SECONDS_A_TOKEN = 0.2
 PATIENCE = 0.5
 """Mean seconds after which a client leaves that does."""
 BACK_OFF_SECONDS = 0.5
+PAUSE_SECONDS = 0.8
+"""Mean time from an answer to the next request: servers that start need the machine, too."""
+ROLLING_PAUSE_SECONDS = 2.0
 
 
 @dataclass
@@ -71,14 +74,14 @@ class Load:
 
     async def run(self, until: float) -> None:
         """Ask until `until` (Unix seconds), then wait for what is open."""
-        await self._run(self._cases, lambda: time.time() < until)
+        await self._run(self._cases, PAUSE_SECONDS, lambda: time.time() < until)
 
     async def run_beside(self, work: Coroutine[Any, Any, None]) -> None:
         """Ask through the router only until `work` is done, then wait for what is open."""
         working = asyncio.ensure_future(work)
         routed = [case for case in self._cases if case.route is Route.ROUTER]
         try:
-            await self._run(routed, lambda: not working.done())
+            await self._run(routed, ROLLING_PAUSE_SECONDS, lambda: not working.done())
         finally:
             working.cancel()
             await asyncio.wait([working])
@@ -89,19 +92,21 @@ class Load:
         if self._open:
             await asyncio.wait(set(self._open))
 
-    async def _run(self, cases: Sequence[Case], go_on: Callable[[], bool]) -> None:
+    async def _run(self, cases: Sequence[Case], pause: float, go_on: Callable[[], bool]) -> None:
         async with new_client(4 * len(self._rngs)) as http, asyncio.TaskGroup() as clients:
             for rng in self._rngs:
-                clients.create_task(self._client(http, rng, cases, go_on))
+                clients.create_task(self._client(http, rng, cases, pause, go_on))
 
     async def _client(
         self,
         http: httpx.AsyncClient,
         rng: random.Random,
         cases: Sequence[Case],
+        pause: float,
         go_on: Callable[[], bool],
     ) -> None:
         while go_on():
+            await asyncio.sleep(rng.expovariate(1 / pause))
             case = rng.choice(cases)
             for turn in self._turns[case.name]:
                 outcome = await self._one(http, rng, case, turn)

@@ -280,10 +280,16 @@ def _draw(path: Path, report: dict[str, Any], outcomes: Sequence[Outcome]) -> No
         (handles, lambda s: s["fds"], "file descriptors"),
         (staging, lambda s: s["gauges"].get("staging_bytes", 0) / 2**20, "staging, MiB"),
     ):
-        for server in sorted({sample["server"] for sample in engines}):
-            own = [sample for sample in engines if sample["server"] == server]
-            times_of = [sample["t"] - start for sample in own]
-            axis.plot(times_of, [value(sample) for sample in own], ".-", ms=2, label=server, lw=1)
+        for index, server in enumerate(sorted({sample["server"] for sample in engines})):
+            lives: dict[int, list[dict[str, Any]]] = {}
+            for sample in engines:
+                if sample["server"] == server:
+                    lives.setdefault(sample["process"], []).append(sample)
+            # A line a process: what lies between two is nobody's.
+            for life, own in enumerate(lives.values()):
+                times_of = [sample["t"] - start for sample in own]
+                label = "_" if life else server
+                axis.plot(times_of, list(map(value, own)), f"C{index}.-", ms=2, label=label, lw=1)
         axis.set_ylabel(label)
         if engines:
             axis.legend(loc="upper right", fontsize="small")

@@ -95,6 +95,7 @@ def run(respond, monkeypatch, case, leave=0.0, trouble=lambda: 0.0, bound=60.0):
     monkeypatch.setattr(load, "new_client", lambda connections: http(respond))
     monkeypatch.setattr(load, "BOUND_SECONDS", bound)
     monkeypatch.setattr(load, "BACK_OFF_SECONDS", 0.01)
+    monkeypatch.setattr(load, "PAUSE_SECONDS", 0.01)
     turns = {case.name: [Turn(case.body, [Choice("ab", [5, 6], "length")])]}
     clients = Load(Fleet(), [case], turns, clients=2, seed=1, leave=leave, trouble=trouble)
 

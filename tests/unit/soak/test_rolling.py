@@ -55,7 +55,8 @@ class Fleet:
 
 def rolled(fleet, monkeypatch):
     """Roll the fleet's server under load; its faults, and the addresses that were asked."""
-    monkeypatch.setattr(faults, "DEAD_SECONDS", 0.0)
+    monkeypatch.setattr(faults, "DEAD_SECONDS", 0.5)
+    monkeypatch.setattr(load, "ROLLING_PAUSE_SECONDS", 0.01)
     asked = []
 
     def respond(request):
