@@ -167,8 +167,24 @@ def consume(identity: Identity, host: str, port: int, probes: int) -> dict:
             row = consumer.probe(client)
             if not bulks[-1].done:
                 rows[name].append(row)
-    until(lambda: bulks[-1].done)
-    full = consumer.fetch(0, f"bulk-{len(bulks)}", BULK_TOKENS)
+    return finish(consumer, rows)
+
+
+def throughput(identity: Identity, host: str, port: int) -> dict:
+    """What one connection carries of many transfers in a row."""
+    consumer = Consumer(identity, host, port)
+    consumer.probe(0, idle=True)  # connects
+    began = time.monotonic()
+    bulks = [consumer.fetch(0, f"bulk-{i}", BULK_TOKENS) for i in range(BULKS)]
+    until(lambda: all(bulk.done for bulk in bulks))
+    seconds = time.monotonic() - began
+    frames = [size for bulk in bulks for _, _, size in bulk.frames]
+    return {"rows": {}, "mbit": sum(frames) * 8e-6 / seconds, "frames": len(frames)}
+
+
+def finish(consumer: Consumer, rows: dict[str, list[tuple[float, float]]]) -> dict:
+    """One more transfer alone, for the rate of the full link."""
+    full = consumer.fetch(0, "bulk-63", BULK_TOKENS)
     until(lambda: full.done)
     sent = sum(size for _, _, size in full.frames[1:])
     seconds = full.frames[-1][0] - full.frames[0][0]
@@ -176,10 +192,14 @@ def consume(identity: Identity, host: str, port: int, probes: int) -> dict:
     return {"rows": rows, "mbit": sent * 8e-6 / seconds, "frames": len(full.frames)}
 
 
-def measure(mbit: float, frame_bytes: int, probes: int, encrypt: bool) -> None:
+def measure(
+    mbit: float, frame_bytes: int, probes: int, encrypt: bool, only_throughput: bool
+) -> None:
     here = [sys.executable, __file__, "--frame-bytes", str(frame_bytes)]
     if encrypt:
         here.append("--encrypt")
+    if only_throughput:
+        here.append("--throughput")
     with open_link(mbit) as link:
         environment = os.environ | {"UCX_WARN_UNUSED_ENV_VARS": "n"}
         producing = subprocess.Popen(
@@ -206,6 +226,8 @@ def measure(mbit: float, frame_bytes: int, probes: int, encrypt: bool) -> None:
         rate = f"{result['mbit']:.0f} Mbit/s in {result['frames']} frames"
         print(f"\n{link.note}; full link carried {rate}; {frame_bytes >> 10} KiB take", end=" ")
         print(f"{frame_bytes * 8e-3 / mbit:.0f} ms" if mbit else "no time")
+        if only_throughput:
+            return
         print(f"{'late anchor':<20}{'first frame':>24}{'whole anchor':>24}   (ms: median, worst)")
         for name, rows in result["rows"].items():
             columns = [
@@ -224,15 +246,20 @@ def main() -> None:
     parser.add_argument("--host")
     parser.add_argument("--port", type=int)
     parser.add_argument("--encrypt", action="store_true")
+    parser.add_argument("--throughput", action="store_true", help="only what the link carries")
     args = parser.parse_args()
     identity = SEALED if args.encrypt else IDENTITY
     if args.role == "producer":
         produce(identity, args.frame_bytes, args.mbit[0])
     elif args.role == "consumer":
-        print(json.dumps(consume(identity, args.host, args.port, args.probes)))
+        if args.throughput:
+            found = throughput(identity, args.host, args.port)
+        else:
+            found = consume(identity, args.host, args.port, args.probes)
+        print(json.dumps(found))
     else:
         for mbit in args.mbit:
-            measure(mbit, args.frame_bytes, args.probes, args.encrypt)
+            measure(mbit, args.frame_bytes, args.probes, args.encrypt, args.throughput)
 
 
 if __name__ == "__main__":

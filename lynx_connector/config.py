@@ -330,6 +330,22 @@ class LynxConfig(BaseModel):
             loopback = advertised == "localhost"
         return advertised if loopback else ""
 
+    def exposures(self, producer: bool, consumer: bool) -> list[str]:
+        """What strangers could do to an instance of these roles, a sentence each."""
+        found = []
+        if self.secret_file is None:
+            if producer and self.listens_on() in ("", "0.0.0.0", "::"):
+                found.append(
+                    "no secret_file: whoever reaches this instance's ports can fetch KV; set one, "
+                    "or listen_host"
+                )
+            if consumer and not self.allowed_prefills:
+                found.append(
+                    "neither secret_file nor allowed_prefills: whoever sends requests to this "
+                    "instance can make it connect to any host"
+                )
+        return found
+
     def tables_root(self) -> Path | None:
         """`tables_dir`, or its default; None where there is no such folder, as for a user without
         a home."""

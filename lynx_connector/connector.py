@@ -38,6 +38,7 @@ from lynx_connector.producer.scheduler import ProducerScheduler
 from lynx_connector.scheduler.port import EarlyReplyPort, SpeculationPort
 from lynx_connector.telemetry.events import EventLog
 from lynx_connector.telemetry.metrics import CONSUMER, PRODUCER, Meter
+from lynx_connector.wire.secrets import SharedSecrets
 
 if TYPE_CHECKING:
     import torch
@@ -94,13 +95,18 @@ class LynxConnector(KVConnectorBase_V1):
 
         transfer = vllm_config.kv_transfer_config
         tp_size = vllm_config.parallel_config.tensor_parallel_size
+        for exposure in self._config.exposures(transfer.is_kv_producer, transfer.is_kv_consumer):
+            logger.warning("lynx: %s (docs/security.md)", exposure)
         if transfer.is_kv_producer:
             compat.check_bootstrap(self._config, vllm_config)
             if self._config.bootstrap_port:
                 # An engine for each data parallel rank, on consecutive ports.
                 port = self._config.bootstrap_port + vllm_config.parallel_config.data_parallel_index
                 self._bootstrap = BootstrapServer(
-                    port, transfer.engine_id, self._config.listens_on()
+                    port,
+                    transfer.engine_id,
+                    self._config.listens_on(),
+                    SharedSecrets(self._config.secret_file),
                 )
             self._producer = ProducerScheduler(
                 self._config,
@@ -247,7 +253,6 @@ class LynxConnector(KVConnectorBase_V1):
         from lynx_connector.producer.worker import ProducerWorker
         from lynx_connector.transport.handshake import Identity
         from lynx_connector.transport.loop import TransportLoop
-        from lynx_connector.wire.secrets import SharedSecrets
 
         config, vllm_config = self._config, self._vllm_config
         transfer = vllm_config.kv_transfer_config

@@ -7,6 +7,7 @@ In a thread of its own, so that the scheduler never waits for the network.
 from __future__ import annotations
 
 import asyncio
+import hmac
 import threading
 import time
 from concurrent.futures import Future
@@ -15,7 +16,13 @@ from typing import Any
 import httpx
 
 from lynx_connector.errors import ProtocolError, TransferError, shown
-from lynx_connector.wire.handoff import BootstrapAnswer, MooncakeLeg, parse_answer
+from lynx_connector.wire.handoff import (
+    BootstrapAnswer,
+    MooncakeLeg,
+    handoff_proof,
+    parse_answer,
+)
+from lynx_connector.wire.secrets import NO_SECRETS, SharedSecrets
 
 POLL_SECONDS = 10.0
 """How long the server may hold one question."""
@@ -31,9 +38,11 @@ class BootstrapClient:
 
     Args:
         timeout_seconds: how long a prefill leg may stay away after its decode leg has come.
+        secrets: one of them has to prove an answer.
     """
 
-    def __init__(self, timeout_seconds: float):
+    def __init__(self, timeout_seconds: float, secrets: SharedSecrets = NO_SECRETS):
+        self._secrets = secrets
         self._timeout = timeout_seconds
         self._loop: asyncio.AbstractEventLoop | None = None
         self._http: httpx.AsyncClient | None = None
@@ -84,6 +93,7 @@ class BootstrapClient:
                         f"bootstrap {where} is engine {found}, the decode leg wants "
                         f"{leg.remote_engine_id!r}"
                     )
+                self._check_proof(leg, handoff, answer.proof)
                 return handoff
             if answer.state == "failed":
                 raise TransferError(f"bootstrap {where}: {shown(answer.cause, 256)}")
@@ -94,6 +104,15 @@ class BootstrapClient:
                 )
             if wait < POLL_SECONDS:
                 await asyncio.sleep(0.1)  # the prefill leg is there, but waits for its turn
+
+    def _check_proof(self, leg: MooncakeLeg, handoff: dict[str, Any], proof: str) -> None:
+        known = self._secrets.current()
+        proofs = [handoff_proof(secret, leg.transfer_id, handoff) for secret in known]
+        if known and not any(hmac.compare_digest(proof.encode(), one.encode()) for one in proofs):
+            raise TransferError(
+                f"bootstrap {leg.remote_bootstrap_addr}: its answer is not proved with the shared "
+                "secret"
+            )
 
     async def _ask(self, leg: MooncakeLeg, wait: float) -> BootstrapAnswer:
         where = leg.remote_bootstrap_addr

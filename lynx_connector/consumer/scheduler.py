@@ -36,6 +36,7 @@ from lynx_connector.wire.handoff import (
     parse_mooncake_leg,
     whereabouts,
 )
+from lynx_connector.wire.secrets import SharedSecrets
 
 if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
@@ -103,7 +104,9 @@ class ConsumerScheduler:
         self._block_size = block_size
         self._events = events
         self._steps = StepMeter()
-        self._bootstrap = BootstrapClient(config.bootstrap_wait_seconds)
+        self._bootstrap = BootstrapClient(
+            config.bootstrap_wait_seconds, SharedSecrets(config.secret_file)
+        )
         self._allowed = AllowedPrefills(config.allowed_prefills)
         self._waiting = WaitingRoom(waiting_tokens)
         self._siblings = Siblings()

@@ -23,7 +23,8 @@ import msgspec
 
 from lynx_connector.errors import ConfigError, TransferError
 from lynx_connector.transport.ports import listen
-from lynx_connector.wire.handoff import BootstrapAnswer
+from lynx_connector.wire.handoff import BootstrapAnswer, handoff_proof
+from lynx_connector.wire.secrets import NO_SECRETS, SharedSecrets
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -44,12 +45,16 @@ class BootstrapServer:
         port: TCP port; 0 takes any free one.
         engine_id: vLLM's id of this engine.
         host: whose interfaces it listens on; empty: all.
+        secrets: what its answers are proved with.
 
     Raises:
         ConfigError: if the port stays taken, or the host is not this one's.
     """
 
-    def __init__(self, port: int, engine_id: str, host: str = ""):
+    def __init__(
+        self, port: int, engine_id: str, host: str = "", secrets: SharedSecrets = NO_SECRETS
+    ):
+        self._secrets = secrets
         try:
             self._sockets = asyncio.run(listen(host, port))
         except TransferError as error:
@@ -81,7 +86,9 @@ class BootstrapServer:
 
     def publish(self, transfer_id: str, handoff: dict[str, Any]) -> None:
         """The transfer can be fetched from now on."""
-        self._put(transfer_id, BootstrapAnswer("ready", handoff=handoff))
+        known = self._secrets.current()
+        proof = handoff_proof(known[0], transfer_id, handoff) if known else ""
+        self._put(transfer_id, BootstrapAnswer("ready", handoff=handoff, proof=proof))
 
     def fail(self, transfer_id: str, cause: str) -> None:
         """The transfer will never be there."""

@@ -2,6 +2,7 @@
 """What a router carries from a prefill to its decode leg, in the NIXL connector's or Mooncake's
 shape, and what a prefill's bootstrap server says of it."""
 
+import hmac
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
@@ -139,6 +140,14 @@ class BootstrapAnswer(msgspec.Struct, omit_defaults=True):
     state: Literal["unknown", "pending", "ready", "failed"]
     handoff: dict[str, Any] | None = None
     cause: Text = ""
+    proof: Text = ""
+    """`handoff_proof` where the prefill has a shared secret: the answer itself is plain HTTP."""
+
+
+def handoff_proof(secret: bytes, transfer_id: str, handoff: dict[str, Any]) -> str:
+    """HMAC-SHA256 as hex: that who knows the secret has said this of that transfer."""
+    said = msgspec.json.encode([transfer_id, handoff], order="deterministic")
+    return hmac.digest(secret, b"lynx-4 handoff" + said, "sha256").hex()
 
 
 def check_transfer_id(value: object) -> str:

@@ -80,3 +80,38 @@ def test_tables_lie_in_the_cache_folder_of_the_user(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert LynxConfig().tables_root() == tmp_path / ".cache" / "lynx-connector" / "tables"
     assert LynxConfig(tables_dir="~/t").tables_root() == tmp_path / "t"
+
+
+@pytest.mark.parametrize(
+    ("extra", "host"),
+    [
+        ({}, ""),
+        ({"advertise_host": "10.0.0.1"}, ""),
+        ({"advertise_host": "127.0.0.1"}, "127.0.0.1"),
+        ({"advertise_host": "[::1]"}, "::1"),
+        ({"advertise_host": "localhost"}, "localhost"),
+        ({"advertise_host": "127.0.0.1", "listen_host": "10.0.0.2"}, "10.0.0.2"),
+    ],
+)
+def test_what_is_listened_on(extra, host):
+    assert LynxConfig.from_extra_config(extra).listens_on() == host
+
+
+def test_exposures_are_told_by_role(tmp_path):
+    secret = tmp_path / "secret"
+    secret.write_bytes(b"x" * 32)
+    of = LynxConfig.from_extra_config
+    assert len(of({}).exposures(True, True)) == 2
+    (one,) = of({}).exposures(True, False)
+    assert "secret_file" in one and "listen_host" in one
+    (one,) = of({}).exposures(False, True)
+    assert "allowed_prefills" in one
+    assert of({"listen_host": "127.0.0.1"}).exposures(True, False) == []
+    assert of({"allowed_prefills": ["10.0.0.0/8"]}).exposures(False, True) == []
+    assert of({"secret_file": str(secret)}).exposures(True, True) == []
+
+
+@pytest.mark.parametrize("ports", ["7700", "7700-", "7731-7700", "0-10", "1-70000", "a-b", "1-2-3"])
+def test_data_ports_that_are_no_range(ports):
+    with pytest.raises(ConfigError, match=r"data_ports.*FIRST-LAST"):
+        LynxConfig.from_extra_config({"data_ports": ports})

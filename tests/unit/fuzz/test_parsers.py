@@ -75,6 +75,8 @@ MESSAGES = [
     messages.Prefilled("t", 42),
     messages.Prefilling(),
     messages.Sent("t"),
+    messages.Hold(["t", "u"]),
+    messages.Sent("t"),
     messages.TablesRequest("0" * 32),
     messages.Tables("0" * 32, 12345, 1 << 63),
     messages.NoTables("0" * 32, "gone"),

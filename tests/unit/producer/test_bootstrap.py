@@ -17,7 +17,8 @@ from lynx_connector.plan.planner import Planner
 from lynx_connector.producer.bootstrap import MAX_REMEMBERED, BootstrapServer
 from lynx_connector.producer.scheduler import ProducerScheduler
 from lynx_connector.transport import ports
-from lynx_connector.wire.handoff import MooncakeLeg
+from lynx_connector.wire.handoff import MooncakeLeg, handoff_proof
+from lynx_connector.wire.secrets import SharedSecrets
 from tests.unit.objects import (
     BLOCK,
     NO_EVENTS,
@@ -32,6 +33,7 @@ from tests.unit.objects import (
 )
 
 WAIT = 0.5
+A, B = b"a" * 32, b"b" * 32
 
 
 @pytest.fixture
@@ -310,3 +312,36 @@ def test_an_answer_that_is_none_fails_its_request_alone(client, body):
     finally:
         rogue.shutdown()
         rogue.server_close()
+
+
+@pytest.mark.parametrize(
+    ("prefill", "decode", "proved"),
+    [((A,), (A,), True), ((B, A), (A, B), True), ((A,), (B,), False), ((), (A,), False),
+     ((A,), (), True)],
+)  # fmt: skip
+def test_with_a_secret_answers_are_proved(prefill, decode, proved):
+    server = BootstrapServer(0, "engine", secrets=SharedSecrets(values=prefill))
+    client = BootstrapClient(WAIT, SharedSecrets(values=decode))
+    server.publish("t", {"remote_engine_id": "engine", "lynx": {"first_token": 7}})
+    leg = MooncakeLeg("t", "engine", f"http://127.0.0.1:{server.port}")
+    answer = client.resolve(leg)
+    if proved:
+        assert answer.result(10)["lynx"] == {"first_token": 7}
+    else:
+        with pytest.raises(TransferError, match="not proved with the shared secret"):
+            answer.result(10)
+    client.stop()
+    server.stop()
+
+
+def test_a_proof_goes_with_one_transfer_and_all_of_its_handoff():
+    handoff = {"remote_engine_id": "engine", "lynx": {"first_token": 7, "ports": [1, 2]}}
+    proof = handoff_proof(A, "t", handoff)
+    assert proof == handoff_proof(A, "t", dict(reversed(handoff.items())))
+    others = [
+        (B, "t", handoff),
+        (A, "u", handoff),
+        (A, "t", handoff | {"lynx": {"first_token": 8, "ports": [1, 2]}}),
+        (A, "t", handoff | {"more": None}),
+    ]
+    assert proof not in {handoff_proof(*other) for other in others}

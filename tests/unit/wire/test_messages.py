@@ -26,6 +26,7 @@ MESSAGES = [
     messages.Failure("id", "unknown transfer"),
     messages.Prefilled("id", 49151),
     messages.Prefilling(),
+    messages.Sent("t"),
     messages.Prefilled("id", None, "aborted"),
     messages.TablesRequest("0" * 32),
     messages.Tables("0" * 32, 1 << 20, 2**64 - 1),
