@@ -2,6 +2,7 @@
 """Messages and payloads between two workers that have met."""
 
 import asyncio
+from collections import deque
 from typing import Any
 
 import numpy as np
@@ -28,13 +29,16 @@ class Connection:
 
     Messages go over the socket, payloads over UCX, in the order of their headers. With a secret
     messages are sealed, and payloads where one side wants it. The socket alone says whether the
-    peer lives; when it ends, so does what UCX has under way.
+    peer lives; when it ends, so does what UCX has under way. `Taken` says that a payload is there:
+    UCX itself calls one sent as soon as the kernel has it.
     """
 
     def __init__(self, stream: MessageStream, path: DataPath):
         self._stream = stream
         self._path = path
         self._queue: asyncio.Queue[messages.AnyMessage | Exception] = asyncio.Queue(QUEUED_MESSAGES)
+        self._untaken: deque[asyncio.Future[None]] = deque()
+        """Payloads that were announced and that the peer does not have, the oldest first."""
         self._ended = asyncio.Event()
         self._closed = False
         self._pumping = asyncio.ensure_future(self._pump())
@@ -48,13 +52,29 @@ class Connection:
         """Read ahead, so that the peer's end is noticed while a payload is awaited."""
         try:
             while True:
-                await self._queue.put(await self._stream.read())
+                message = await self._stream.read()
+                if isinstance(message, messages.Taken):
+                    self._taken()
+                else:
+                    await self._queue.put(message)
         except (LynxError, ConnectionError) as error:
             self._ended.set()
+            self._give_up_untaken()
             await self._queue.put(error)
 
+    def _taken(self) -> None:
+        if not self._untaken:
+            raise ProtocolError("peer has taken a payload that was not sent")
+        taken = self._untaken.popleft()
+        if not taken.done():
+            taken.set_result(None)
+
+    def _give_up_untaken(self) -> None:
+        for taken in self._untaken:
+            taken.cancel()
+
     async def send(self, message: messages.Message, payload: np.ndarray | None = None) -> None:
-        """Send one message; returns when the peer (or the kernel, or UCX) has taken the bytes.
+        """Send one message; returns when the peer has its payload, or the kernel the message.
 
         Raises:
             ConnectionError: if the peer is gone.
@@ -65,6 +85,8 @@ class Connection:
         if payload is None:
             await self._stream.drain()
             return
+        taken = asyncio.get_running_loop().create_future()
+        self._untaken.append(taken)
         # Nothing suspends between a header and the posting of its payload.
         seals = self._stream.seals
         if seals is not None and seals.payloads:
@@ -76,6 +98,9 @@ class Connection:
         except Exception as error:
             self._stream.abort()  # a header without payload: this connection is out of step
             raise ConnectionError(f"connection to {self.peer} lost: {error}") from None
+        await asyncio.wait({taken})
+        if taken.cancelled():
+            raise ConnectionError(f"connection to {self.peer} lost")
 
     def post(self, message: messages.Message) -> None:
         """Send without waiting; that the peer is gone is for the reader to find out."""
@@ -109,9 +134,11 @@ class Connection:
         seals = self._stream.seals
         if seals is None or not seals.payloads:
             await self._receive(buffer)
+            self._stream.write(messages.Taken())
             return
         sealed = np.empty(buffer.nbytes + OVERHEAD_BYTES, np.uint8)
         await self._receive(sealed)
+        self._stream.write(messages.Taken())
         seals.into.open_payload(messages.encode(header), sealed, buffer)
 
     async def _receive(self, buffer: np.ndarray) -> None:
@@ -140,5 +167,6 @@ class Connection:
         """Close socket and endpoint; what is under way ends with an error on both sides."""
         self._closed = True
         self._pumping.cancel()
+        self._give_up_untaken()
         self._stream.close()
         await self._path.close()

@@ -18,7 +18,8 @@ Version history:
        Proofs cover versions and keys; with a secret messages are sealed, with `encrypt` payloads,
        too. Hold: a consumer keeps the lease of what it cannot fetch yet. Prefilling also answers
        a Fetch, so that a producer that hangs is told from a busy one. Sent: a fetch's last frame
-       is out, so that a lost one is missed at once.
+       is out, so that a lost one is missed at once. Taken: a consumer has a payload, whatever UCX
+       says of it.
 """
 
 import struct
@@ -193,6 +194,10 @@ class Sent(Message):
     transfer_id: Id
 
 
+class Taken(Message):
+    """Consumer: it has the payload of the oldest `Frame` or `Tables` that was not answered so."""
+
+
 class TablesRequest(Message):
     """Consumer asks for learned tables; answered by `Tables` or `NoTables`."""
 
@@ -261,6 +266,7 @@ AnyMessage = (
     | Prefilled
     | Prefilling
     | Sent
+    | Taken
     | TablesRequest
     | Tables
     | NoTables

@@ -75,6 +75,7 @@ MESSAGES = [
     messages.Prefilled("t", 42),
     messages.Prefilling(),
     messages.Sent("t"),
+    messages.Taken(),
     messages.Hold(["t", "u"]),
     messages.Sent("t"),
     messages.TablesRequest("0" * 32),

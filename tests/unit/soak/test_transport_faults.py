@@ -26,6 +26,7 @@ class Wires:
 
     def __init__(self):
         self.sent = []
+        self.arrived = asyncio.Semaphore(0)
 
     def write(self, message):
         self.sent.append(bytes(messages.encode(message)))
@@ -34,10 +35,12 @@ class Wires:
         pass
 
     async def read(self):
-        raise ConnectionError("nothing to read")
+        await self.arrived.acquire()
+        return messages.Taken()
 
     async def send(self, payload):
         self.sent.append(bytes(payload))
+        self.arrived.release()
 
 
 @pytest.fixture

@@ -27,6 +27,7 @@ MESSAGES = [
     messages.Prefilled("id", 49151),
     messages.Prefilling(),
     messages.Sent("t"),
+    messages.Taken(),
     messages.Prefilled("id", None, "aborted"),
     messages.TablesRequest("0" * 32),
     messages.Tables("0" * 32, 1 << 20, 2**64 - 1),
