@@ -45,5 +45,9 @@ class AuthenticationError(ProtocolError):
     """The peer does not hold the shared secret, or one side has none."""
 
 
+class NotAllowedError(ProtocolError):
+    """A request names a prefill that this instance may not connect to."""
+
+
 class TransferError(LynxError):
     """One request's transfer ended early; the request falls back per policy."""

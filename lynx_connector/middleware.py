@@ -8,6 +8,7 @@ HTTP 400. Requests without `kv_transfer_params` pass untouched.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 from typing import TYPE_CHECKING, Any
@@ -16,9 +17,10 @@ import msgspec
 
 from lynx_connector.config import LynxConfig
 from lynx_connector.engine.answers import ANSWERS
-from lynx_connector.errors import MalformedError, ProtocolError
+from lynx_connector.errors import MalformedError, NotAllowedError, ProtocolError
 from lynx_connector.telemetry.failures import explain
 from lynx_connector.telemetry.metrics import CONSUMER, PRODUCER
+from lynx_connector.wire.allowed import AllowedPrefills
 from lynx_connector.wire.handoff import (
     check_transfer_id,
     parse_handoff,
@@ -97,23 +99,32 @@ class _Exchange:
             return
         self._followed = True
         transfer = _transfer_config(self._scope)
+        if transfer is not None and params.get("do_remote_prefill"):
+            try:
+                _allowed(transfer).check_params(params)
+            except NotAllowedError as error:
+                self._refuse(CONSUMER, "not_allowed", error)
         if transfer is None or transfer.kv_load_failure_policy == "recompute":
             return  # computed there, whatever the handoff is
         role = CONSUMER if params.get("do_remote_prefill") else PRODUCER
         try:
             _check(params, transfer)
         except MalformedError as error:
-            logger.warning("lynx: %s is refused: %s", self._scope["path"], error)
-            sentence = explain(str(error))
             if role == CONSUMER and whereabouts(params) is not None:
-                self._malformed = sentence  # the engine gives the transfer back
+                logger.warning("lynx: %s is refused: %s", self._scope["path"], error)
+                self._malformed = explain(str(error))  # the engine gives the transfer back
                 return
-            ANSWERS.count_refused(role, "malformed")
-            from fastapi import HTTPException
-
-            raise HTTPException(400, sentence) from None
+            self._refuse(role, "malformed", error)
         except ProtocolError:
             return  # the sides differ: no fault of this request's
+
+    def _refuse(self, role: str, code: str, error: ProtocolError) -> None:
+        """HTTP 400, before the engine has seen the request."""
+        from fastapi import HTTPException
+
+        logger.warning("lynx: %s is refused: %s", self._scope["path"], error)
+        ANSWERS.count_refused(role, code)
+        raise HTTPException(400, explain(str(error))) from None
 
     # ---- answer --------------------------------------------------------------------------------
 
@@ -183,6 +194,14 @@ def _transfer_config(scope: Scope) -> KVTransferConfig | None:
     state = getattr(scope.get("app"), "state", None)
     transfer = getattr(getattr(state, "vllm_config", None), "kv_transfer_config", None)
     return transfer if transfer is not None and transfer.kv_connector == "LynxConnector" else None
+
+
+def _allowed(transfer: KVTransferConfig) -> AllowedPrefills:
+    entries = transfer.kv_connector_extra_config.get("allowed_prefills") or ()
+    return _allowed_prefills(tuple(entries))
+
+
+_allowed_prefills = functools.lru_cache(maxsize=4)(AllowedPrefills)
 
 
 def _check(params: dict[str, Any], transfer: KVTransferConfig) -> None:

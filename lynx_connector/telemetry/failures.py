@@ -38,7 +38,13 @@ FAILURES: dict[str, Failure] = {
         ("prefill computed",),
         "serve one tokenizer, chat template and set of adapters on both sides",
     ),
-    "authentication": Failure(("shared secret",), "give both sides the same secret_file"),
+    "not_allowed": Failure(
+        ("allowed_prefills",),
+        "add the prefill to this instance's allowed_prefills, or see who named that host",
+    ),
+    "authentication": Failure(
+        ("shared secret", "no usable key"), "give both sides the same secret_file"
+    ),
     "incompatible": Failure(
         (
             "speaks protocol",
@@ -51,7 +57,9 @@ FAILURES: dict[str, Failure] = {
         ),
         "run one lynx-connector, model and configuration on both sides",
     ),
-    "checksum": Failure(("checksum",), "check memory and network of both hosts"),
+    "checksum": Failure(
+        ("checksum", "on its way", "frames are missing"), "check memory and network of both hosts"
+    ),
     "timeout": Failure(
         ("silent for", "timed out", "not sent within"),
         "see whether the prefill still runs and has CPU to spare",
@@ -61,7 +69,14 @@ FAILURES: dict[str, Failure] = {
         "see whether the router names the prefill's bootstrap_port and sends it the prefill leg",
     ),
     "connection_lost": Failure(
-        ("cannot connect", "lost", "closed"),
+        (
+            "cannot connect",
+            "cannot resolve",
+            "lost",
+            "closed",
+            "did not get through",
+            "no transport in common",
+        ),
         "see whether the prefill still runs and can be reached: lynx doctor --peer HOST:PORT",
     ),
     "tables": Failure(("tables",), "the prefill's log, and tables_dir of both sides"),
@@ -71,8 +86,8 @@ FAILURES: dict[str, Failure] = {
             "expected ",
             "announces",
             "not a Lynx message",
-            "control slot",
             "control message",
+            "that was not sent",
             "is not a string",
             "came before",
             "no key 'lynx'",

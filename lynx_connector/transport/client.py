@@ -318,7 +318,7 @@ class _Peer:
         """What is not here by now will not come, however much else does."""
         sink = self.sinks.get(message.transfer_id)
         if sink is not None and message.transfer_id not in self._complete:
-            self._give_up(connection, sink, f"{self._name}: frames were lost on the way")
+            self._give_up(connection, sink, f"{self._name}: all was sent, but frames are missing")
 
     async def _receive_tables(self, connection: Connection, header: messages.Tables) -> None:
         buffer = self._wanted.buffer(header)

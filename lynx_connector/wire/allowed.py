@@ -2,9 +2,10 @@
 """Which prefills a decode instance may connect to: whatever its clients name, no others."""
 
 import ipaddress
+from typing import Any
 from urllib.parse import urlsplit
 
-from lynx_connector.errors import ProtocolError, shown
+from lynx_connector.errors import NotAllowedError, shown
 
 
 class AllowedPrefills:
@@ -27,7 +28,7 @@ class AllowedPrefills:
         """Refuse a host that is not allowed. key: where it was named.
 
         Raises:
-            ProtocolError: naming it.
+            NotAllowedError: naming it.
         """
         if not self._networks and not self._names:
             return
@@ -40,15 +41,26 @@ class AllowedPrefills:
             address = getattr(address, "ipv4_mapped", None) or address
             allowed = any(address in network for network in self._networks)
         if not allowed:
-            raise ProtocolError(
+            raise NotAllowedError(
                 f"{key} {shown(host)} is not among allowed_prefills of this instance"
             )
+
+    def check_params(self, params: dict[str, Any]) -> None:
+        """The same for whatever a decode leg's `kv_transfer_params` name.
+
+        Raises:
+            NotAllowedError: naming the host.
+        """
+        if isinstance(host := params.get("remote_host"), str):
+            self.check(host)
+        if isinstance(url := params.get("remote_bootstrap_addr"), str):
+            self.check_url(url)
 
     def check_url(self, url: str) -> None:
         """The same for the bootstrap server of a decode leg in Mooncake's shape.
 
         Raises:
-            ProtocolError: naming its host.
+            NotAllowedError: naming its host.
         """
         try:
             host = urlsplit(url).hostname or ""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lynx_connector.config import parse_secrets
 
-logger = logging.getLogger("vllm.lynx.transport")
+logger = logging.getLogger("vllm.lynx")
 
 
 class SharedSecrets:

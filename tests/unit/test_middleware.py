@@ -218,3 +218,32 @@ def test_before_the_engine_is_known_requests_pass():
     front = FrontEnd()
     del front.client.app.state.vllm_config
     assert front.post(handoff() | {"remote_host": None}, "answer").status_code == 200
+
+
+# ---- prefills that may not be connected to -------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", ["fail", "recompute"])
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    "named",
+    [
+        {"remote_host": "10.1.0.1"},
+        {"remote_host": "evil.example"},
+        {"remote_bootstrap_addr": "http://10.1.0.1:8998", "transfer_id": "t", "lynx": None},
+    ],
+)
+def test_a_prefill_that_is_not_allowed_is_400(heard, policy, stream, named):
+    front = FrontEnd(policy, allowed_prefills=["10.0.0.0/16"])
+    reply = front.post(handoff() | named, stream=stream)
+    assert reply.status_code == 400
+    assert "not among allowed_prefills" in reply.text
+    assert front.seen == [], "the engine has not seen it"
+    assert heard.counted == [("consumer", "not_allowed")]
+
+
+def test_an_allowed_prefill_passes(heard):
+    front = FrontEnd(allowed_prefills=["10.0.0.0/16", "prefill-0"])
+    for host in ("10.0.0.1", "prefill-0"):
+        assert front.post(handoff() | {"remote_host": host}, "answer").status_code == 200
+    assert len(front.seen) == 2

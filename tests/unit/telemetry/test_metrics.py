@@ -64,6 +64,21 @@ def test_counting_needs_neither_torch_nor_vllm():
         ("h:1: peer has another cache dtype, shape or --tensor-parallel-size", "incompatible"),
         ("h:1: corrupt anchor frame at token 3 (checksum differs)", "checksum"),
         ("exact tier: checksum of token 3 differs", "checksum"),
+        (
+            "h:1: corrupt anchor frame at token 3 (a frame was changed, cut or replayed on its "
+            "way, or is not the peer's)",
+            "checksum",
+        ),
+        ("h:1: a control message was changed on its way, or is not the peer's", "checksum"),
+        ("h:1: all was sent, but frames are missing", "checksum"),
+        ("remote_host evil is not among allowed_prefills of this instance", "not_allowed"),
+        ("bootstrap http://h:1: its answer is not proved with the shared secret", "authentication"),
+        (
+            "h:1: met, but UCX did not get through within 10 s: open the prefill's",
+            "connection_lost",
+        ),
+        ("cannot resolve host 'x': Name or service not known", "connection_lost"),
+        ("h:1: handshake timed out: no answer within 2 s", "timeout"),
         ("h:1: silent for 20 s", "timeout"),
         ("h:1: handshake timed out", "timeout"),
         ("h:1: tables 0a not sent within 5 s", "timeout"),

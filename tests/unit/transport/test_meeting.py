@@ -4,17 +4,21 @@
 import asyncio
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
 
 import pytest
 
 from lynx_connector.errors import TransferError
-from lynx_connector.transport import address, data_path, meeting, ports
+from lynx_connector.transport import address, client, data_path, meeting, ports
 from lynx_connector.transport.address import Resolver, printable
 from lynx_connector.transport.handshake import Identity
+from lynx_connector.transport.loop import _rendezvous
 from lynx_connector.transport.ports import listen
 from lynx_connector.wire import messages
+from lynx_connector.wire.allowed import AllowedPrefills
 
 from .pair import Pair, drain, receive, until
 
@@ -247,6 +251,82 @@ def test_a_silent_producer_times_out(pair, monkeypatch):
         inbound = pair.fetch(port=silent.getsockname()[1])
         until(lambda: inbound.failure)
     assert "handshake timed out" in inbound.failure
+
+
+def test_a_producer_that_did_not_answer_costs_the_next_connections_little(pair, monkeypatch):
+    monkeypatch.setattr(meeting, "GREETING_SECONDS", 1.0)
+    monkeypatch.setattr(client, "PROBE_SECONDS", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as frozen:
+        port = frozen.getsockname()[1]
+        causes = []
+        for name in ("first", "second"):
+            inbound = pair.fetch(name, port=port)
+            until(lambda one=inbound: one.failure)
+            causes.append(inbound.failure)
+    assert "within 1 s" in causes[0]
+    assert "within 0.2 s" in causes[1]
+    # It comes back by itself: what listens there now is a producer.
+    again = Pair(pair.loop, port=port)
+    again.stage("third")
+    inbound = pair.fetch("third", port=port)
+    receive(inbound)
+    assert inbound.failure is None
+    assert not pair.client._deaf
+    again.close()
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_only_allowed_producers_are_connected_to(loop, listed):
+    """Whatever leads there: fetches, holds and releases."""
+    with socket.create_server(("127.0.0.1", 0)) as somebody:
+        somebody.settimeout(0.5)
+        pair = Pair(loop)
+        pair.client._allowed = AllowedPrefills(("127.0.0.0/8" if listed else "10.0.0.0/8",))
+        address = somebody.getsockname()
+        loop.post(pair.client.release, address, "t", "done")
+        loop.post(pair.client.hold, address, "t")
+        inbound = pair.fetch(port=address[1])
+        if listed:
+            somebody.accept()[0].close()
+        else:
+            until(lambda: inbound.failure)
+            assert "not among allowed_prefills" in inbound.failure
+            with pytest.raises(TimeoutError):
+                somebody.accept()
+        pair.close()
+
+
+def test_payloads_take_the_ports_that_they_are_given():
+    code = (
+        "import os, psutil; from lynx_connector.transport.loop import TransportLoop; "
+        "loop = TransportLoop('tcp,self', '47610-47619'); loop.start(); "
+        "ports = {c.laddr.port for c in psutil.Process().net_connections('tcp')}; "
+        "print(*ports, flush=True); os._exit(0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    ports = [int(port) for port in done.stdout.splitlines()[-1].split()]
+    assert ports and all(47610 <= port <= 47619 for port in ports)
+
+
+@pytest.mark.parametrize(("devices", "asks"), [([], False), (["mlx5_0"], True)])
+def test_ucx_asks_before_it_sends_only_where_there_is_rdma(tmp_path, devices, asks):
+    for name in devices:
+        (tmp_path / name).mkdir()
+    assert (_rendezvous(tmp_path) is None) == asks
+    assert _rendezvous(tmp_path / "none") == "inf"
+
+
+@pytest.mark.parametrize("extra", [messages.Taken(), messages.Sent("unknown"), messages.Joined()])
+def test_a_consumer_that_says_what_it_may_not_ends_its_own_connection(pair, extra):
+    pair.stage()
+    inbound = pair.fetch()
+    receive(inbound)
+    (peer,) = pair.client._peers.values()
+    connection = peer._connection.result()
+    pair.loop.run(connection.send(extra))
+    until(lambda: pair.server.num_sessions == 0)
+    receive(pair.fetch())  # over a new one
+    assert pair.server.num_sessions == 1
 
 
 def test_a_closed_data_port_is_told_from_a_closed_meeting_port(loop, monkeypatch):

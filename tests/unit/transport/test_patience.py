@@ -119,7 +119,7 @@ def test_a_last_frame_that_is_lost_is_missed_while_others_come(ucx_loop, monkeyp
         receive(other)
         assert other.refined
     until(lambda: unlucky.failure)
-    assert unlucky.failure.endswith("frames were lost on the way")
+    assert unlucky.failure.endswith("frames are missing")
     until(lambda: len(pair.store) == 4)  # it was released; nobody has released the others
     pair.close()
 

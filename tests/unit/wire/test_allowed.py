@@ -4,7 +4,7 @@
 import pytest
 
 from lynx_connector.config import LynxConfig
-from lynx_connector.errors import ConfigError, ProtocolError
+from lynx_connector.errors import ConfigError, NotAllowedError
 from lynx_connector.wire.allowed import AllowedPrefills
 
 SOME = AllowedPrefills(("10.0.0.0/8", "192.168.1.7", "fd00::/16", "::1", "Prefill-0.local"))
@@ -25,7 +25,9 @@ def test_allowed(host):
      "10.0.0.1.evil.example", "167772161", "010.0.0.1", "::ffff:11.0.0.1", "10.0.0.1\n"],
 )  # fmt: skip
 def test_others_are_refused_by_name(host):
-    with pytest.raises(ProtocolError, match=r"remote_host.*not among allowed_prefills") as refused:
+    with pytest.raises(
+        NotAllowedError, match=r"remote_host.*not among allowed_prefills"
+    ) as refused:
         SOME.check(host)
     assert str(refused.value).isprintable()
 
@@ -46,7 +48,7 @@ def test_bootstrap_servers(url):
     "url", ["http://11.0.0.1:8998", "http://evil:1", "http://[::1", "http://10.0.0.1@evil:80", "x"]
 )
 def test_bootstrap_servers_elsewhere(url):
-    with pytest.raises(ProtocolError, match="remote_bootstrap_addr"):
+    with pytest.raises(NotAllowedError, match="remote_bootstrap_addr"):
         SOME.check_url(url)
 
 
