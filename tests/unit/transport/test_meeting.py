@@ -324,7 +324,7 @@ def test_a_consumer_that_says_what_it_may_not_ends_its_own_connection(pair, extr
     (peer,) = pair.client._peers.values()
     connection = peer._connection.result()
     pair.loop.run(connection.send(extra))
-    until(lambda: pair.server.num_sessions == 0)
+    until(lambda: pair.server.num_sessions == 0 and not pair.client._peers)
     receive(pair.fetch())  # over a new one
     assert pair.server.num_sessions == 1
 
