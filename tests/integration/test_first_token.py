@@ -33,6 +33,11 @@ def both(pair, text, **body):
     return answer, reference, pair.events(since)
 
 
+def counted(answer):
+    """Without what a prefill found in its prefix cache: it is asked twice."""
+    return {k: v for k, v in answer["usage"].items() if k != "prompt_tokens_details"}
+
+
 def named(events, name):
     return [event for event in events if event["event"] == name]
 
@@ -43,7 +48,7 @@ def test_greedy_answers_are_the_same_with_and_without(pair, start):
         body = {"max_tokens": 40, "ignore_eos": True, "vllm_xargs": {"lynx_start": start}}
         answer, reference, events = both(pair, prompt(seed, items=20 + seed % 9), **body)
         assert tokens(answer) == tokens(reference)
-        assert answer["usage"] == reference["usage"]
+        assert counted(answer) == counted(reference)
         assert answer["choices"][0]["text"] == reference["choices"][0]["text"]
         (first,) = named(events, "first_token")
         assert first["token"] == tokens(answer)[0]
