@@ -23,15 +23,21 @@ ON_ITS_WAY_SECONDS = 0.5
 ROUTER_TIMEOUT = 60.0
 
 
-async def roll(fleet: Fleet, load: Load, faults: ServerFaults, say: Callable[[str], None]) -> None:
-    """Restart every engine that its role can do without for a while, under `load`'s requests.
+async def roll(
+    fleet: Fleet,
+    servers: list[ServerProcess],
+    load: Load,
+    faults: ServerFaults,
+    say: Callable[[str], None],
+) -> None:
+    """Restart these engines one after the other, under `load`'s requests.
 
     Raises:
         ServerError: a router did not do as told, or a server did not come back.
     """
     usual, router = load.router, None
     try:
-        for number, server in enumerate(fleet.replaceable):
+        for number, server in enumerate(servers):
             before, router = router, fleet.make_router(f"router-{number}")
             router.start()
             await ready([router], ROUTER_TIMEOUT)

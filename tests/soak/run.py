@@ -48,8 +48,8 @@ class Settings:
     fault_every: float = 60.0
     transport_faults: tuple[str, ...] = transport_faults.FAULTS
     one_in: int = 16
-    rolling: bool = True
-    """Begin with a rolling restart of the roles that have two servers."""
+    rolling: int = 99
+    """Begin with a rolling restart of the roles that have two servers: at most so many of each."""
     events: bool = False
     rest_every: float = 300.0
     sample_every: float = 5.0
@@ -195,9 +195,9 @@ class _Soak:
         await self._rest(watch)
         self._inject(True)
         began = time.time()
-        if settings.rolling and fleet.replaceable:
+        if servers := fleet.replaceable(settings.rolling):
             self._say("rolling restart")
-            await load.run_beside(roll(fleet, load, faults, self._say))
+            await load.run_beside(roll(fleet, servers, load, faults, self._say))
         # However long that took, faults come, too.
         end = max(began + settings.minutes * 60, time.time() + MIN_FAULTS_SECONDS)
         while time.time() < end:
@@ -255,7 +255,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="of lost,flipped,cut,repeated,late; empty: none",
     )
     add("--one-in", type=int, default=16, help="frames of which one meets a transport fault")
-    add("--no-rolling", dest="rolling", action="store_false", help="no rolling restart")
+    add("--rolling", type=int, default=99, help="servers of a role to restart in turn (all)")
     add("--events", action="store_true", help="keep every server's events, for `lynx trace`")
     given = parser.parse_args(arguments)
     try:

@@ -85,11 +85,10 @@ class Fleet:
         """Prefills and decodes."""
         return [*self.prefills, *self.decodes]
 
-    @property
-    def replaceable(self) -> list[ServerProcess]:
-        """Engines beside which there are others of their role."""
+    def replaceable(self, most: int) -> list[ServerProcess]:
+        """Engines beside which there are others of their role, at most so many of each."""
         roles = (self.prefills, self.decodes)
-        return [server for role in roles if len(role) > 1 for server in role]
+        return [server for role in roles if len(role) > 1 for server in role[:most]]
 
     async def start_reference(self, timeout: float) -> None:
         """Start the plain server and wait for it."""

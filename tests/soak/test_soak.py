@@ -19,6 +19,7 @@ def test_three_minutes_of_everything(tmp_path):
         kinds=kinds.choose([], []),
         pool=80,
         fault_every=10,
+        rolling=1,
         # A busy machine may answer few requests: how many is not for a test to say.
         wanted_a_minute=1,
     )

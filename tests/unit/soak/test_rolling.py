@@ -41,7 +41,7 @@ class Fleet:
         self.router = SimpleNamespace(url="http://usual")
         self.routers = []
         self.engine = self.make_router("decode-0")
-        self.replaceable = self.decodes = [self.engine]
+        self.decodes = [self.engine]
         self.routers.clear()
 
     def make_router(self, name):
@@ -81,7 +81,9 @@ def rolled(fleet, monkeypatch):
         await servers.ready([fleet.engine], 60)
         before = fleet.engine.pid
         try:
-            await clients.run_beside(rolling.roll(fleet, clients, trouble, lambda line: None))
+            await clients.run_beside(
+                rolling.roll(fleet, fleet.decodes, clients, trouble, lambda line: None)
+            )
             assert fleet.engine.pid != before and fleet.engine.running
         finally:
             fleet.engine.stop()
