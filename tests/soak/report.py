@@ -23,7 +23,7 @@ SPARE_FDS, SPARE_THREADS = 8, 4
 SLOPE_MB_PER_HOUR = 1.0
 SEEDED_SHARE = 0.005
 """Seeded answers that may differ: two candidates may be as near in a sample as two best tokens."""
-MIN_SPAN_SECONDS = 300.0
+MIN_SPAN_SECONDS = 540.0
 RESOLUTION_MB = 2.0
 """Growth that cannot be told from an allocator's rounding in a run of minutes."""
 
