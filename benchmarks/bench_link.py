@@ -167,7 +167,13 @@ def consume(identity: Identity, host: str, port: int, probes: int) -> dict:
             row = consumer.probe(client)
             if not bulks[-1].done:
                 rows[name].append(row)
-    return finish(consumer, rows)
+    until(lambda: bulks[-1].done)
+    full = consumer.fetch(0, f"bulk-{len(bulks)}", BULK_TOKENS)
+    until(lambda: full.done)
+    sent = sum(size for _, _, size in full.frames[1:])
+    seconds = full.frames[-1][0] - full.frames[0][0]
+    consumer.loop.stop()
+    return {"rows": rows, "mbit": sent * 8e-6 / seconds, "frames": len(full.frames)}
 
 
 def throughput(identity: Identity, host: str, port: int) -> dict:
@@ -180,16 +186,6 @@ def throughput(identity: Identity, host: str, port: int) -> dict:
     seconds = time.monotonic() - began
     frames = [size for bulk in bulks for _, _, size in bulk.frames]
     return {"rows": {}, "mbit": sum(frames) * 8e-6 / seconds, "frames": len(frames)}
-
-
-def finish(consumer: Consumer, rows: dict[str, list[tuple[float, float]]]) -> dict:
-    """One more transfer alone, for the rate of the full link."""
-    full = consumer.fetch(0, "bulk-63", BULK_TOKENS)
-    until(lambda: full.done)
-    sent = sum(size for _, _, size in full.frames[1:])
-    seconds = full.frames[-1][0] - full.frames[0][0]
-    consumer.loop.stop()
-    return {"rows": rows, "mbit": sent * 8e-6 / seconds, "frames": len(full.frames)}
 
 
 def measure(

@@ -5,6 +5,7 @@ import asyncio
 import contextlib
 import functools
 import logging
+import math
 import time
 from collections.abc import Callable, Coroutine
 from typing import Any, Protocol
@@ -17,7 +18,7 @@ from lynx_connector.transport.address import Resolver, bare_host, printable
 from lynx_connector.transport.connection import Connection, checksum
 from lynx_connector.transport.handshake import Identity
 from lynx_connector.transport.holds import Holds
-from lynx_connector.transport.meeting import Address, DeafPeerError, Patience, meet
+from lynx_connector.transport.meeting import Address, DeafPeerError, meet
 from lynx_connector.transport.seal import BrokenSealError
 from lynx_connector.transport.tables import TablesSink, WantedTables
 from lynx_connector.wire import messages
@@ -136,7 +137,7 @@ class TierClient:
     async def _meet(self, address: Address) -> tuple[Connection, messages.Ready]:
         """Connect; who did not answer the last time is given little time now."""
         self._allowed.check(address[0])
-        patience = Patience(PROBE_SECONDS) if address in self._deaf else Patience()
+        patience = PROBE_SECONDS if address in self._deaf else math.inf
         try:
             connection, _, ready = await meet(address, self._identity, self._resolver, patience)
         except DeafPeerError:

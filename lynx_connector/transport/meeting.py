@@ -15,7 +15,7 @@ knock            ->                        over UCX
 """
 
 import asyncio
-from dataclasses import dataclass
+import math
 
 from lynx_connector.errors import LynxError, ProtocolError, TransferError
 from lynx_connector.transport.address import Resolver, open_socket, printable
@@ -34,55 +34,44 @@ JOIN_SECONDS = 10.0
 """How long UCX may take to connect them."""
 
 
-@dataclass(frozen=True)
-class Patience:
-    """How long a consumer waits at most in each phase, in seconds."""
-
-    seconds: float = float("inf")
-
-    @property
-    def connect(self) -> float:
-        return min(self.seconds, CONNECT_SECONDS)
-
-    @property
-    def greeting(self) -> float:
-        return min(self.seconds, GREETING_SECONDS)
-
-
 class DeafPeerError(TransferError):
     """Nobody answered in time."""
 
 
 async def meet(
-    address: Address, identity: Identity, resolver: Resolver, patience: Patience = Patience()
+    address: Address, identity: Identity, resolver: Resolver, patience: float = math.inf
 ) -> tuple[Connection, messages.Welcome, messages.Ready]:
     """The consumer's half; returns what the producer said of itself, too.
+
+    patience: seconds that are waited for an answer at most, where that is less than usual.
 
     Raises:
         DeafPeerError: the address or its process does not answer.
         TransferError: naming the address and the cause.
     """
     host, port = address
+    connect_seconds = min(patience, CONNECT_SECONDS)
+    greeting_seconds = min(patience, GREETING_SECONDS)
     where = printable(host, port)
     try:
         addresses = await resolver.resolve(host)
-        reader, writer = await open_socket(addresses, port, patience.connect, READ_AHEAD_BYTES)
+        reader, writer = await open_socket(addresses, port, connect_seconds, READ_AHEAD_BYTES)
     except TimeoutError:
         raise DeafPeerError(
-            f"cannot connect to {where}: no answer within {patience.connect:g} s"
+            f"cannot connect to {where}: no answer within {connect_seconds:g} s"
         ) from None
     except (OSError, TransferError) as error:
         raise TransferError(f"cannot connect to {where}: {error}") from None
     stream = MessageStream(reader, writer, where)
     try:
-        async with asyncio.timeout(patience.greeting):
+        async with asyncio.timeout(greeting_seconds):
             welcomed = await greet(stream, identity)
             ready = await expect(stream, messages.Ready)
         return await _join(stream, ready), welcomed, ready
     except TimeoutError:
         stream.abort()
         raise DeafPeerError(
-            f"{where}: handshake timed out: no answer within {patience.greeting:g} s"
+            f"{where}: handshake timed out: no answer within {greeting_seconds:g} s"
         ) from None
     except (LynxError, ConnectionError) as error:
         stream.abort()

@@ -36,7 +36,7 @@ class SharedSecrets:
                 self._values = parse_secrets(self._path.read_bytes())
                 if self._seen is not None:
                     logger.info(
-                        "lynx: secret_file %s was read again, it holds %d", self._path, len(self)
+                        "lynx: secret_file %s was read again: %d secrets", self._path, len(self)
                     )
                 self._seen, self._unusable = seen, ""
         except (OSError, ValueError) as error:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -39,7 +40,7 @@ class Op:
     differs: Callable[[], str]
 
 
-class Tiers:
+class Tiers(ABC):
     """A codec with one tier or two: `rows`, uint8 [T, bytes] each."""
 
     tolerated = 0.0
@@ -48,22 +49,25 @@ class Tiers:
         self.load = load
         self.rows = [load.rows(width) for width in self.widths()]
 
+    @abstractmethod
     def widths(self) -> list[int]:
         """Bytes of a token in each tier."""
-        raise NotImplementedError
 
+    @abstractmethod
     def encode(self) -> None:
-        raise NotImplementedError
+        """Values to `rows`."""
 
+    @abstractmethod
     def decode(self, rows: list[torch.Tensor]) -> None:
-        raise NotImplementedError
+        """The first tiers to values."""
 
+    @abstractmethod
     def expected_rows(self, values: torch.Tensor) -> list[torch.Tensor]:
         """Of values [T, L, 2, H, D], by the reference."""
-        raise NotImplementedError
 
+    @abstractmethod
     def expected_values(self, rows: list[torch.Tensor]) -> torch.Tensor:
-        raise NotImplementedError
+        """Values of rows, by the reference."""
 
     def ops(self) -> list[Op]:
         """To be run in this order: decoding begins with what encoding has made."""

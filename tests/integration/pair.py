@@ -163,13 +163,11 @@ class Pair(DecodeServer):
 
     def forget(self) -> None:
         """Empty the decode side's prefix cache; fails if a block is still held."""
-        deadline = time.monotonic() + 20
-        while True:
-            reply = httpx.post(self.url + "/reset_prefix_cache", timeout=30, trust_env=False)
-            if reply.json().get("success", reply.status_code == 200):
-                return
-            assert time.monotonic() < deadline, "blocks are still held"
-            time.sleep(0.1)
+        _empty_prefix_cache(self.url)
+
+    def forget_prefill(self) -> None:
+        """The same for the prefill side."""
+        _empty_prefix_cache(self.prefill_url)
 
     def preempt_everything(self) -> None:
         """Preempt all running requests of the decode side."""
@@ -260,3 +258,13 @@ def connections(pid: int) -> int:
         for process in processes
         for connection in process.net_connections("tcp")
     )
+
+
+def _empty_prefix_cache(url):
+    deadline = time.monotonic() + 20
+    while True:
+        reply = httpx.post(url + "/reset_prefix_cache", timeout=30, trust_env=False)
+        if reply.json().get("success", reply.status_code == 200):
+            return
+        assert time.monotonic() < deadline, "blocks are still held"
+        time.sleep(0.1)

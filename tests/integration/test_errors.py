@@ -116,7 +116,7 @@ def test_cached_tokens_are_the_prefills_in_either_handoff(pair):
             lambda text: pair.lynx(text, max_tokens=4)["usage"],
             lambda text: mooncake(pair, text),
         ):
-            forget_prefill(pair)
+            pair.forget_prefill()
             if other:
                 pair.prefill_and_drop(text)
             pair.forget()
@@ -125,17 +125,6 @@ def test_cached_tokens_are_the_prefills_in_either_handoff(pair):
     assert cold == cold_mooncake == 0
     assert warm == warm_mooncake > 0
     pair.forget()
-
-
-def forget_prefill(pair):
-    """Empty the prefill's prefix cache."""
-    deadline = time.monotonic() + 20
-    while True:
-        reply = httpx.post(pair.prefill_url + "/reset_prefix_cache", timeout=30, trust_env=False)
-        if reply.json().get("success", reply.status_code == 200):
-            return
-        assert time.monotonic() < deadline, "the prefill still holds blocks"
-        time.sleep(0.1)
 
 
 def test_a_transfer_id_used_twice_is_named_to_the_router(pair):

@@ -47,7 +47,7 @@ def test_a_changed_file_is_read_again(tmp_path, caplog):
         os.replace(new, path)  # as mounted secrets change
         assert secrets.current() == (NEW, OLD)
         assert secrets.current() == (NEW, OLD)
-    assert caplog.text.count("was read again, it holds 2") == 1
+    assert caplog.text.count("was read again: 2 secrets") == 1
     assert NEW.decode() not in caplog.text + repr(secrets)
 
 
